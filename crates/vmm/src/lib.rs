@@ -1,0 +1,17 @@
+//! Virtual machine monitors behind one small trait.
+//!
+//! A driver translates a [`MachineSpec`] (plain data) into one VMM's command line and talks to that VMM's own
+//! socket. Drivers know nothing of instances, images or networks. What a VMM lacks is a typed
+//! [`VmmError::Unsupported`], never a silent skip.
+//!
+//! Invariants:
+//! - A VMM process is its own session leader and survives the server; [`Vmm::adopt`] takes it back.
+//! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
+
+mod machine;
+mod process;
+mod spec;
+
+pub use machine::{Capabilities, Feature, Machine, MachineStats, RunState, Vmm, VmmError, VmmKind};
+pub use process::ProcessIdentity;
+pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, Nic};

@@ -1,0 +1,187 @@
+//! The trait that every VMM driver implements, and its errors.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{Accelerator, AgentChannel, MachineSpec, ProcessIdentity};
+
+/// The five kinds of the contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmKind {
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// Firecracker.
+    Firecracker,
+    /// QEMU with the q35 board.
+    Qemu,
+    /// QEMU with the microvm board.
+    QemuMicrovm,
+    /// Apple's Virtualization framework.
+    Vz,
+}
+
+/// Optional abilities, named as in `GET /capabilities`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Feature {
+    Snapshots,
+    Standby,
+    Fork,
+    Pause,
+    HotplugMemory,
+    BalloonControl,
+    Vsock,
+    GpuPassthrough,
+    DiskIoLimit,
+    DiskResize,
+}
+
+/// What a driver can do on this host, probed live.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Capabilities {
+    /// The VMM can start machines here.
+    Available {
+        /// Version as the binary reports it.
+        version: String,
+        /// What runs guest code.
+        accelerator: Accelerator,
+        /// Abilities, sorted.
+        features: Vec<Feature>,
+    },
+    /// It cannot, and why, in words that tell the operator what to do.
+    Unavailable {
+        /// The reason and the fix.
+        reason: String,
+    },
+}
+
+/// What the VMM says about its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// Built, never run.
+    Created,
+    /// Executing.
+    Running,
+    /// Stopped between two instructions.
+    Paused,
+    /// The guest powered off and the VMM is about to exit.
+    Shutdown,
+}
+
+/// Usage of the VMM process.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct MachineStats {
+    /// User plus system CPU time in seconds.
+    pub cpu_seconds: f64,
+    /// Resident set in bytes.
+    pub memory_rss_bytes: u64,
+    /// Virtual size in bytes.
+    pub memory_vms_bytes: u64,
+}
+
+/// Why a VMM could not do something.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// This VMM has no such ability.
+    #[error("{kind:?} does not support {feature}")]
+    Unsupported {
+        /// Which VMM.
+        kind: VmmKind,
+        /// What was asked.
+        feature: &'static str,
+    },
+    /// The VMM cannot run on this host.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The process ended before it was usable; carries the end of its log.
+    #[error("the VMM exited during start: {0}")]
+    StartFailed(String),
+    /// The process is gone.
+    #[error("the VMM process is gone")]
+    Gone,
+    /// The control socket did not answer in time.
+    #[error("the VMM did not answer {command} within {after:?}")]
+    Unresponsive {
+        /// Command that was sent.
+        command: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The VMM refused a command.
+    #[error("the VMM refused {command}: {message}")]
+    Refused {
+        /// Command that was sent.
+        command: String,
+        /// The VMM's own words.
+        message: String,
+    },
+    /// Host I/O failed.
+    #[error("{context}: {source}")]
+    Io {
+        /// What was being done, with the path.
+        context: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+}
+
+/// A kind of VMM on this host.
+#[async_trait]
+pub trait Vmm: Send + Sync + std::fmt::Debug {
+    /// Which kind this is.
+    fn kind(&self) -> VmmKind;
+
+    /// Probes binaries and the host now. Cheap enough for each request: slow probes (a self-test guest) are
+    /// done once and remembered.
+    async fn capabilities(&self) -> Capabilities;
+
+    /// How many disks a machine may have, so that a request is refused before any effect.
+    fn max_disks(&self) -> usize;
+
+    /// Starts the process and boots the machine; returns once the VMM answers on its socket and vCPUs run.
+    /// On error nothing is left behind: no process, no socket.
+    async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError>;
+
+    /// Takes back a machine that another server process started. `Gone` when no such process lives.
+    async fn adopt(&self, spec: &MachineSpec, process: &ProcessIdentity) -> Result<Box<dyn Machine>, VmmError>;
+}
+
+/// A machine whose VMM process lives. Methods take `&self`: the driver serialises what must be serial.
+#[async_trait]
+pub trait Machine: Send + Sync + std::fmt::Debug {
+    /// The VMM process.
+    fn process(&self) -> &ProcessIdentity;
+
+    /// Where the guest's agent answers.
+    fn agent_channel(&self) -> AgentChannel;
+
+    /// Asks the VMM for its state, bounded by `deadline`.
+    async fn run_state(&self, deadline: Duration) -> Result<RunState, VmmError>;
+
+    /// Stops the vCPUs.
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// Lets the vCPUs go on.
+    async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Presses the power button (ACPI) where there is one. Returns when pressed, not when the guest is off.
+    async fn power_button(&self) -> Result<(), VmmError>;
+
+    /// Ends the process now and waits until the kernel has reaped its memory. Idempotent.
+    async fn kill(&self) -> Result<(), VmmError>;
+
+    /// Resolves when the process has ended (pidfd), at once if it already has. Cancel safe.
+    async fn exited(&self);
+
+    /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
+    /// No byte is lost or written twice.
+    async fn reopen_workload_log(&self) -> Result<(), VmmError>;
+
+    /// Usage of the VMM process from `/proc`.
+    fn stats(&self) -> Result<MachineStats, VmmError>;
+}

@@ -1,0 +1,90 @@
+//! What a machine is made of: plain data that every driver translates.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// One virtual machine, complete. Paths are absolute and made by the server, never by clients.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// Opaque id, used as the VMM's process and machine name (`[a-z0-9-]`, at most 63 characters).
+    pub id: String,
+    /// Private directory for sockets, pid files and the VMM's own logs. Exists, mode 0700, short enough that
+    /// socket paths in it stay below 108 bytes.
+    pub runtime_directory: PathBuf,
+    /// Virtual CPUs at boot.
+    pub cpus: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// File that backs guest memory (shared mapping), so that capture need not copy it. Created sparse by the
+    /// driver at launch if absent. `None`: anonymous memory.
+    pub memory_file: Option<PathBuf>,
+    /// Uncompressed PVH-bootable kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM file system that holds the guest program.
+    pub initramfs: PathBuf,
+    /// Words appended to the driver's own kernel command line. Never an identity of the instance.
+    pub kernel_arguments: Vec<String>,
+    /// Block devices in guest order: the first is `/dev/vda`.
+    pub disks: Vec<Disk>,
+    /// Network interface, if any.
+    pub nic: Option<Nic>,
+    /// File that receives what the workload prints (binary safe, appended). The driver connects it to the
+    /// guest's log port; it keeps receiving while the server is down.
+    pub workload_log: PathBuf,
+    /// File that receives the kernel console and the VMM's own standard output and error (appended).
+    pub vmm_log: PathBuf,
+}
+
+/// A raw block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Raw image file. Its format is never probed.
+    pub path: PathBuf,
+    /// The guest cannot write to it, and several machines may share it.
+    pub read_only: bool,
+    /// Optional token bucket.
+    pub limit: Option<IoLimit>,
+}
+
+/// Token bucket of a disk: a sustained rate and a burst, in bytes a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoLimit {
+    /// Sustained bytes per second, reads and writes together.
+    pub bytes_per_second: u64,
+    /// Bytes per second allowed in a burst.
+    pub burst_bytes_per_second: u64,
+}
+
+/// A virtio network interface on an existing TAP device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Name of the TAP device on the host.
+    pub tap: String,
+    /// MAC address, `02:…` lower case with colons.
+    pub mac: String,
+}
+
+/// Where the host connects to reach the guest's agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentChannel {
+    /// Unix socket that carries the guest's serial port byte for byte (QEMU).
+    SerialSocket(PathBuf),
+    /// Unix socket of a vsock device: connect, send `CONNECT <port>\n`, read `OK …\n` (Cloud Hypervisor, Firecracker).
+    VsockSocket {
+        /// Socket path.
+        path: PathBuf,
+        /// Port that the agent listens on.
+        port: u32,
+    },
+}
+
+/// What executes guest instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// Hardware virtualisation, proven by a guest that really ran.
+    Kvm,
+    /// QEMU's own translator: slow, runs everywhere.
+    Tcg,
+}
