@@ -1,0 +1,19 @@
+//! The pure domain: identifiers, names, the grammars of sizes, rates and durations, tags, and the instance
+//! state machine.
+//!
+//! Nothing here does input or output, reads a clock or knows an async runtime. What needs randomness or the
+//! time is handed both, so that every rule can be tested as a function.
+
+pub mod bandwidth;
+pub mod duration;
+mod error;
+pub mod id;
+pub mod instance;
+pub mod name;
+pub mod platform;
+pub mod rate;
+pub mod size;
+pub mod tags;
+pub mod time;
+
+pub use error::InvalidValue;
