@@ -12,6 +12,8 @@ mod machine;
 mod process;
 mod spec;
 
-pub use machine::{Capabilities, Feature, Machine, MachineStats, RunState, Vmm, VmmError, VmmKind};
+pub use machine::{
+    Capabilities, ExitCause, ExitKind, Feature, Machine, MachineStats, RunState, Vmm, VmmError, VmmKind,
+};
 pub use process::ProcessIdentity;
 pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, Nic};

@@ -1,5 +1,6 @@
 //! The trait that every VMM driver implements, and its errors.
 
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -83,6 +84,47 @@ pub struct MachineStats {
     pub memory_vms_bytes: u64,
 }
 
+/// Why a machine's VMM process ended, as far as the host can know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitKind {
+    /// The process still lives.
+    Running,
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reboot, which ends a machine here.
+    Reset,
+    /// The guest kernel panicked. The message is the console's own words where it showed any. They come from
+    /// the guest, so they may be forged: show them, decide nothing by them.
+    Panic {
+        /// First line of the panic.
+        message: Option<String>,
+    },
+    /// Ended by [`Machine::kill`] of this handle.
+    Stopped,
+    /// The process was killed by a signal that this handle did not send.
+    Signal {
+        /// Signal number.
+        number: i32,
+    },
+    /// The process exited by itself with this code (the VMM failed when it is not zero).
+    Code {
+        /// Exit code.
+        code: i32,
+    },
+    /// The process ended while nobody watched it.
+    Unknown,
+}
+
+/// What is known of a machine's end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitCause {
+    /// Why.
+    pub kind: ExitKind,
+    /// The last lines of console and VMM output, at most 4 KiB, not to be trusted.
+    pub console_tail: String,
+}
+
 /// Why a VMM could not do something.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -148,7 +190,18 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
     async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError>;
 
     /// Takes back a machine that another server process started. `Gone` when no such process lives.
-    async fn adopt(&self, spec: &MachineSpec, process: &ProcessIdentity) -> Result<Box<dyn Machine>, VmmError>;
+    async fn adopt(
+        &self,
+        spec: &MachineSpec,
+        process: &ProcessIdentity,
+    ) -> Result<Box<dyn Machine>, VmmError>;
+
+    /// Processes of this kind of VMM that were started for this runtime directory, recorded or not. Recovery
+    /// uses it after a crash between the start of a process and the record of it.
+    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
+        let _ = runtime_directory;
+        Ok(Vec::new())
+    }
 }
 
 /// A machine whose VMM process lives. Methods take `&self`: the driver serialises what must be serial.
@@ -177,6 +230,14 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
 
     /// Resolves when the process has ended (pidfd), at once if it already has. Cancel safe.
     async fn exited(&self);
+
+    /// Why the process ended. Reads what is known and returns at once; [`ExitKind::Running`] while it lives.
+    async fn exit_cause(&self) -> ExitCause {
+        ExitCause {
+            kind: ExitKind::Unknown,
+            console_tail: String::new(),
+        }
+    }
 
     /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
     /// No byte is lost or written twice.
