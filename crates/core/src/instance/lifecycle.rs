@@ -1,0 +1,296 @@
+//! The state of an instance and what observations make of it.
+
+use serde::{Deserialize, Serialize};
+
+/// The eight states of the contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum InstanceState {
+    Created,
+    Initializing,
+    Running,
+    Paused,
+    Shutdown,
+    Stopped,
+    Standby,
+    Unknown,
+}
+
+impl InstanceState {
+    /// All states, in the order of a life.
+    pub const ALL: [Self; 8] = [
+        Self::Created,
+        Self::Initializing,
+        Self::Running,
+        Self::Paused,
+        Self::Shutdown,
+        Self::Stopped,
+        Self::Standby,
+        Self::Unknown,
+    ];
+
+    /// The name used by the contract.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "Created",
+            Self::Initializing => "Initializing",
+            Self::Running => "Running",
+            Self::Paused => "Paused",
+            Self::Shutdown => "Shutdown",
+            Self::Stopped => "Stopped",
+            Self::Standby => "Standby",
+            Self::Unknown => "Unknown",
+        }
+    }
+
+    /// Whether waiting for another state is pointless without a new command: `GET /wait` returns early.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        matches!(self, Self::Stopped | Self::Standby | Self::Unknown)
+    }
+}
+
+impl std::fmt::Display for InstanceState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How far the guest has come in this run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// The image's program was started.
+    pub program_started: bool,
+    /// The agent serves requests, or the instance asked to have none.
+    pub agent_ready: bool,
+}
+
+impl Readiness {
+    /// Whether the instance counts as running.
+    #[must_use]
+    pub fn complete(self) -> bool {
+        self.program_started && self.agent_ready
+    }
+}
+
+/// How the last run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Code as a shell reports it. `None` when the run ended without the guest telling.
+    pub code: Option<i32>,
+    /// For people.
+    pub message: String,
+}
+
+/// Where an instance is, with what is valid there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lifecycle {
+    /// The record exists; nothing runs yet.
+    Created,
+    /// A VMM runs and the guest is on its way.
+    Initializing(Readiness),
+    /// Program started, agent answering.
+    Running,
+    /// vCPUs are stopped.
+    Paused,
+    /// The guest was asked to power off, or says that it does.
+    ShuttingDown,
+    /// Nothing runs.
+    Stopped,
+    /// Memory and devices are kept on disk.
+    Standby,
+    /// A VMM exists, but what it does can't be learnt.
+    Unknown {
+        /// Why, for people.
+        reason: String,
+        /// What it was before, to go back to when it answers again.
+        before: Box<Lifecycle>,
+    },
+}
+
+/// Something that was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Observation {
+    /// The VMM runs the machine.
+    Launched {
+        /// No agent was asked for, so none is awaited.
+        without_agent: bool,
+    },
+    /// The guest started the image's program.
+    ProgramStarted,
+    /// The guest's agent answers.
+    AgentReady,
+    /// vCPUs were stopped.
+    Paused,
+    /// vCPUs go on.
+    Resumed,
+    /// The guest was told to power off, or its program ended.
+    ShutdownBegun,
+    /// The VMM process is gone.
+    VmmGone,
+    /// VMM or agent stopped answering.
+    Unresponsive {
+        /// Why, for people.
+        reason: String,
+    },
+    /// It answers again.
+    Responsive,
+}
+
+impl Lifecycle {
+    /// The state as the contract names it.
+    #[must_use]
+    pub fn state(&self) -> InstanceState {
+        match self {
+            Self::Created => InstanceState::Created,
+            Self::Initializing(_) => InstanceState::Initializing,
+            Self::Running => InstanceState::Running,
+            Self::Paused => InstanceState::Paused,
+            Self::ShuttingDown => InstanceState::Shutdown,
+            Self::Stopped => InstanceState::Stopped,
+            Self::Standby => InstanceState::Standby,
+            Self::Unknown { .. } => InstanceState::Unknown,
+        }
+    }
+
+    /// Why the state is `Unknown`.
+    #[must_use]
+    pub fn error(&self) -> Option<&str> {
+        match self {
+            Self::Unknown { reason, .. } => Some(reason),
+            _ => None,
+        }
+    }
+
+    /// Whether a VMM process belongs to this state.
+    #[must_use]
+    pub fn has_vmm(&self) -> bool {
+        !matches!(self, Self::Created | Self::Stopped | Self::Standby)
+    }
+
+    /// What the state becomes after `observation`. Observations that mean nothing in a state leave it alone.
+    #[must_use]
+    pub fn observe(self, observation: &Observation) -> Self {
+        match (self, observation) {
+            (state, Observation::VmmGone) if state.has_vmm() => Self::Stopped,
+            (Self::Created | Self::Stopped | Self::Standby, Observation::Launched { without_agent }) => {
+                Self::Initializing(Readiness {
+                    program_started: false,
+                    agent_ready: *without_agent,
+                })
+            }
+            (state @ (Self::Created | Self::Stopped | Self::Standby), _) => state,
+            (Self::Unknown { before, .. }, Observation::Responsive) => *before,
+            (Self::Unknown { before, .. }, Observation::Unresponsive { reason }) => Self::Unknown {
+                reason: reason.clone(),
+                before,
+            },
+            // Progress is remembered below the veil, so that nothing is missed when it lifts.
+            (Self::Unknown { reason, before }, other) => Self::Unknown {
+                reason,
+                before: Box::new(before.observe(other)),
+            },
+            (state, Observation::Unresponsive { reason }) => Self::Unknown {
+                reason: reason.clone(),
+                before: Box::new(state),
+            },
+            (Self::Initializing(readiness), Observation::ProgramStarted) => Self::progress(Readiness {
+                program_started: true,
+                ..readiness
+            }),
+            (Self::Initializing(readiness), Observation::AgentReady) => Self::progress(Readiness {
+                agent_ready: true,
+                ..readiness
+            }),
+            (Self::Running, Observation::Paused) => Self::Paused,
+            (Self::Paused, Observation::Resumed) => Self::Running,
+            (Self::Initializing(_) | Self::Running, Observation::ShutdownBegun) => Self::ShuttingDown,
+            (state, _) => state,
+        }
+    }
+
+    fn progress(readiness: Readiness) -> Self {
+        if readiness.complete() {
+            Self::Running
+        } else {
+            Self::Initializing(readiness)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn observation() -> impl Strategy<Value = Observation> {
+        prop_oneof![
+            any::<bool>().prop_map(|without_agent| Observation::Launched { without_agent }),
+            Just(Observation::ProgramStarted),
+            Just(Observation::AgentReady),
+            Just(Observation::Paused),
+            Just(Observation::Resumed),
+            Just(Observation::ShutdownBegun),
+            Just(Observation::VmmGone),
+            "[a-z]{1,8}".prop_map(|reason| Observation::Unresponsive { reason }),
+            Just(Observation::Responsive),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_vmm_is_there_exactly_between_launch_and_its_end(history in prop::collection::vec(observation(), 0..40)) {
+            let mut state = Lifecycle::Created;
+            let mut vmm = false;
+            for seen in &history {
+                match seen {
+                    Observation::Launched { .. } => vmm = true,
+                    Observation::VmmGone => vmm = false,
+                    _ => {}
+                }
+                state = state.observe(seen);
+                prop_assert_eq!(state.has_vmm(), vmm);
+                prop_assert_eq!(state.error().is_some(), state.state() == InstanceState::Unknown);
+            }
+        }
+
+        #[test]
+        fn an_unknown_state_never_nests(history in prop::collection::vec(observation(), 0..40)) {
+            let state = history.iter().fold(Lifecycle::Created, Lifecycle::observe);
+            if let Lifecycle::Unknown { before, .. } = state {
+                prop_assert_ne!(before.state(), InstanceState::Unknown);
+            }
+        }
+
+        #[test]
+        fn the_order_of_program_and_agent_does_not_matter(agent_first in any::<bool>()) {
+            let order = if agent_first {
+                [Observation::AgentReady, Observation::ProgramStarted]
+            } else {
+                [Observation::ProgramStarted, Observation::AgentReady]
+            };
+            let launched = Lifecycle::Created.observe(&Observation::Launched { without_agent: false });
+            let half = launched.observe(&order[0]);
+            prop_assert_eq!(half.state(), InstanceState::Initializing);
+            prop_assert_eq!(half.observe(&order[1]), Lifecycle::Running);
+        }
+    }
+
+    #[test]
+    fn readiness_gained_while_nobody_could_look_counts() {
+        let state = [
+            Observation::Launched { without_agent: false },
+            Observation::ProgramStarted,
+            Observation::Unresponsive {
+                reason: "slow".into(),
+            },
+            Observation::AgentReady,
+            Observation::Responsive,
+        ]
+        .iter()
+        .fold(Lifecycle::Created, Lifecycle::observe);
+        assert_eq!(state, Lifecycle::Running);
+    }
+}

@@ -1,0 +1,55 @@
+//! The operation journal: an entry exists exactly while an operation's intent is recorded and its outcome is not.
+
+use rusqlite::{Connection, params};
+
+use crate::StoreError;
+
+/// An unfinished operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Number, ascending in the order of the intents.
+    pub id: i64,
+    /// Id of the object that it changes.
+    pub subject: String,
+    /// What was intended, as the engine wrote it (JSON).
+    pub operation: String,
+}
+
+/// Records an intent. Goes into the same transaction as the state that it starts from.
+///
+/// # Errors
+/// The database fails.
+pub fn begin(connection: &Connection, subject: &str, operation: &str) -> Result<i64, StoreError> {
+    connection
+        .prepare_cached("INSERT INTO journal (subject, operation) VALUES (?1, ?2)")?
+        .execute(params![subject, operation])?;
+    Ok(connection.last_insert_rowid())
+}
+
+/// Records that the operation has its outcome. Goes into the same transaction as that outcome.
+///
+/// # Errors
+/// The database fails.
+pub fn finish(connection: &Connection, id: i64) -> Result<(), StoreError> {
+    connection
+        .prepare_cached("DELETE FROM journal WHERE id = ?1")?
+        .execute([id])?;
+    Ok(())
+}
+
+/// All unfinished operations, oldest first.
+///
+/// # Errors
+/// The database fails.
+pub fn all(connection: &Connection) -> Result<Vec<Entry>, StoreError> {
+    let mut statement =
+        connection.prepare_cached("SELECT id, subject, operation FROM journal ORDER BY id")?;
+    let rows = statement.query_map([], |row| {
+        Ok(Entry {
+            id: row.get(0)?,
+            subject: row.get(1)?,
+            operation: row.get(2)?,
+        })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
