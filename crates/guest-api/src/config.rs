@@ -105,3 +105,20 @@ pub enum VolumeMode {
         device: String,
     },
 }
+
+/// A new identity for a guest that already runs (after a fork). `None` keeps what is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reconfiguration {
+    /// Secret from now on; also of connections made later.
+    pub key: AgentKey,
+    /// Instance id, for `/etc/machine-id`.
+    pub instance_id: String,
+    /// Host name.
+    pub hostname: String,
+    /// Wall clock of the host, nanoseconds since 1970.
+    pub time_unix_nanos: i128,
+    /// Fresh bytes for the kernel's entropy pool, credited; the pool is reseeded at once.
+    pub entropy: Vec<u8>,
+    /// Address of the first interface; `None` takes its address away.
+    pub network: Option<NetworkConfig>,
+}
