@@ -1,5 +1,5 @@
 //! Images are read back by `fsck.erofs` and by the kernel.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! A tree in memory, and what the oracles need.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::BTreeMap;
 use std::fs::File;
