@@ -10,6 +10,7 @@
 
 mod machine;
 mod process;
+mod qemu;
 mod spec;
 
 pub use machine::{

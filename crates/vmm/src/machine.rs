@@ -137,6 +137,9 @@ pub enum VmmError {
         /// What was asked.
         feature: &'static str,
     },
+    /// The machine cannot be built as described.
+    #[error("the machine cannot be built: {0}")]
+    InvalidSpec(String),
     /// The VMM cannot run on this host.
     #[error("{0}")]
     Unavailable(String),

@@ -1,0 +1,19 @@
+//! VMM processes: who they are, how they start, how their end is learnt.
+//!
+//! ```text
+//! spawn ──► ProcessHandle (our child) ─┐
+//!                                      ├─► pidfd readable ──► reaped ──► Ended
+//! open(identity) ──► ProcessHandle ────┘   (a stranger's child: only its end is known)
+//! ```
+//!
+//! Invariant: a signal goes through a pidfd whose process was compared with its [`ProcessIdentity`] after the
+//! pidfd was opened, so it never reaches a process that merely got the same number.
+
+mod identity;
+mod spawn;
+mod watch;
+
+pub use identity::ProcessIdentity;
+pub(crate) use identity::{processes_with_argument, resident_and_cpu};
+pub(crate) use spawn::{Detached, spawn_detached};
+pub(crate) use watch::{Ended, ProcessHandle};

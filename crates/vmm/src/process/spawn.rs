@@ -1,0 +1,62 @@
+//! Starts a program that outlives us: own session, nothing inherited but what is named.
+#![allow(unsafe_code)]
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::io::FdFlags;
+
+/// A program to start and what it gets from us.
+pub(crate) struct Detached<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) arguments: Vec<OsString>,
+    /// Receives standard output and standard error.
+    pub(crate) output: File,
+    /// Descriptors that the program keeps, under the numbers that they have here.
+    pub(crate) keep: &'a [OwnedFd],
+}
+
+/// Starts the program as leader of a session of its own, in `/`, with an empty environment but `PATH`.
+/// Returns its process id; the caller reaps it (see [`super::ProcessHandle`]).
+pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
+    let keep: Vec<i32> = detached.keep.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut command = Command::new(detached.program);
+    command
+        .args(&detached.arguments)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(detached.output.as_fd().try_clone_to_owned()?)
+        .stderr(detached.output);
+    let prepare = move || {
+        rustix::process::setsid()?;
+        // Everything that some library may have opened without close-on-exec ends here.
+        // SAFETY: close_range with CLOSE_RANGE_CLOEXEC only sets flags on descriptors of this new process.
+        let result = unsafe {
+            libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_uint)
+        };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            // Kernels before 5.11 lack it; there we rely on every descriptor being opened close-on-exec.
+            if !matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) {
+                return Err(error);
+            }
+        }
+        for number in &keep {
+            // SAFETY: the parent holds these descriptors open until spawn has returned.
+            let descriptor = unsafe { BorrowedFd::borrow_raw(*number) };
+            rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec and makes only system calls: no allocation, no lock.
+    unsafe { command.pre_exec(prepare) };
+    let child = command.spawn()?;
+    Ok(child.id())
+}

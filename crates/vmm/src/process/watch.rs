@@ -1,0 +1,198 @@
+//! The end of a process, learnt once by one task and known to everybody who asks.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use super::ProcessIdentity;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It exited with this code.
+    Code(i32),
+    /// This signal ended it.
+    Signal(i32),
+    /// It ended, but it was not our child, so the kernel told somebody else how.
+    Unseen,
+}
+
+/// A process that cannot be mistaken for another one.
+#[derive(Debug)]
+pub(crate) struct ProcessHandle {
+    identity: ProcessIdentity,
+    pidfd: OwnedFd,
+    ended: watch::Receiver<Option<Ended>>,
+}
+
+impl ProcessHandle {
+    /// Takes a child that we just started and that nobody has reaped.
+    pub(crate) fn of_child(pid: u32) -> io::Result<Self> {
+        let pidfd = open_pidfd(pid)?;
+        match ProcessIdentity::read(pid) {
+            Ok(identity) => Self::watch(identity, pidfd),
+            Err(error) => {
+                // It may have ended already; it must not stay a zombie.
+                let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+                let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes back a process that was recorded; `None` when it is gone or its number has a new owner.
+    pub(crate) fn of_recorded(identity: &ProcessIdentity) -> io::Result<Option<Self>> {
+        let pidfd = match open_pidfd(identity.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // Compared after the pidfd is open: from here on the number cannot change hands.
+        if !identity.is_alive() {
+            return Ok(None);
+        }
+        Self::watch(identity.clone(), pidfd).map(Some)
+    }
+
+    fn watch(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Self> {
+        let watched = AsyncFd::with_interest(pidfd.try_clone()?, Interest::READABLE)?;
+        let (sender, ended) = watch::channel(None);
+        tokio::spawn(async move {
+            let outcome = match watched.readable().await {
+                Ok(_) => reap(watched.get_ref()),
+                Err(_) => return,
+            };
+            sender.send_replace(Some(outcome));
+        });
+        Ok(Self { identity, pidfd, ended })
+    }
+
+    pub(crate) fn identity(&self) -> &ProcessIdentity {
+        &self.identity
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn ended_now(&self) -> Option<Ended> {
+        *self.ended.borrow()
+    }
+
+    /// Waits for the end. Cancel safe.
+    pub(crate) async fn ended(&self) -> Ended {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.unwrap_or(Ended::Unseen),
+            // The watching task went with its runtime; there is nobody left to wait for.
+            Err(_) => Ended::Unseen,
+        }
+    }
+
+    /// Sends SIGKILL. A process that has ended is no error.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a process id"))?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+fn reap(pidfd: &OwnedFd) -> Ended {
+    match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+        Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Ended::Code(code),
+            (None, Some(signal)) => Ended::Signal(signal),
+            (None, None) => Ended::Unseen,
+        },
+        // ECHILD: adopted, so its parent of today reaps it.
+        Ok(None) | Err(_) => Ended::Unseen,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
+    use super::super::{Detached, spawn_detached};
+    use super::*;
+
+    fn shell(script: &str) -> u32 {
+        let output = File::options().write(true).open("/dev/null").unwrap();
+        let arguments = vec!["-c".into(), script.into()];
+        spawn_detached(Detached { program: Path::new("/bin/sh"), arguments, output, keep: &[] }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_exit_code_of_a_child_is_known_and_no_zombie_stays() {
+        let handle = ProcessHandle::of_child(shell("sleep 0.05; exit 7")).unwrap();
+        assert_eq!(handle.ended_now(), None);
+        assert_eq!(handle.ended().await, Ended::Code(7));
+        assert_eq!(handle.ended().await, Ended::Code(7));
+        assert!(!Path::new(&format!("/proc/{}", handle.identity().pid)).exists());
+    }
+
+    #[tokio::test]
+    async fn a_killed_child_says_by_which_signal() {
+        let handle = ProcessHandle::of_child(shell("exec sleep 600")).unwrap();
+        handle.kill().unwrap();
+        assert_eq!(handle.ended().await, Ended::Signal(9));
+        handle.kill().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_recorded_process_is_taken_back_only_while_it_is_the_same() {
+        let child = ProcessHandle::of_child(shell("exec sleep 600")).unwrap();
+        // The shell becomes sleep a moment after the start.
+        let identity = loop {
+            let now = ProcessIdentity::read(child.identity().pid).unwrap();
+            if now.executable.ends_with("sleep") || now.executable.ends_with("coreutils") {
+                break now;
+            }
+            tokio::task::yield_now().await;
+        };
+        let stranger = ProcessIdentity { start_ticks: identity.start_ticks + 1, ..identity.clone() };
+        assert!(ProcessHandle::of_recorded(&stranger).unwrap().is_none());
+        let taken = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
+        taken.kill().unwrap();
+        taken.ended().await;
+        child.ended().await;
+        assert!(ProcessHandle::of_recorded(&identity).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_detached_program_leads_its_own_session_and_keeps_only_what_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("out");
+        let output = File::create(&path).unwrap();
+        let kept: OwnedFd = File::open("/dev/zero").unwrap().into();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&kept);
+        let script = format!("readlink /proc/self/fd/{number}; ls /proc/self/fd | wc -l; ps -o sid= -p $$; echo $$; pwd");
+        let arguments = vec!["-c".into(), script.into()];
+        let pid = spawn_detached(Detached {
+            program: Path::new("/bin/sh"),
+            arguments,
+            output,
+            keep: std::slice::from_ref(&kept),
+        })
+        .unwrap();
+        ProcessHandle::of_child(pid).unwrap().ended().await;
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        assert_eq!(lines[0], "/dev/zero");
+        // 0, 1, 2, the one named, and the one that ls itself opens.
+        assert_eq!(lines[1], "5");
+        assert_eq!(lines[2], lines[3]);
+        assert_eq!(lines[4], "/");
+    }
+}

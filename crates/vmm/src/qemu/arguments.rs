@@ -1,0 +1,333 @@
+//! The command line of QEMU, as a pure function of the machine.
+//!
+//! Invariant: no word of a spec can become an option. Values go into JSON where QEMU takes JSON; elsewhere they
+//! are either checked against a narrow alphabet or their commas are doubled.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::board::{Board, Slot};
+use crate::{Accelerator, Disk, MachineSpec, VmmError};
+
+/// Name of the pid file in the runtime directory. Its path on the command line marks the process as ours.
+pub(crate) const PID_FILE: &str = "qemu.pid";
+/// Name of the control socket in the runtime directory.
+pub(crate) const QMP_SOCKET: &str = "qmp.sock";
+/// Name of the agent's socket in the runtime directory.
+pub(crate) const AGENT_SOCKET: &str = "agent.sock";
+/// Name of the guest's port for its agent.
+const AGENT_PORT: &str = "hypeman.agent.0";
+/// Name of the guest's port for the workload's output.
+const LOG_PORT: &str = "hypeman.log.0";
+/// Object that a [`crate::Machine::reopen_workload_log`] replaces.
+pub(crate) const LOG_CHARDEV: &str = "log";
+
+/// Longest kernel command line that x86 takes.
+const KERNEL_ARGUMENTS_LIMIT: usize = 2047;
+const MEBIBYTE: u64 = 1024 * 1024;
+
+/// What the command line needs to know of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Host {
+    pub(crate) accelerator: Accelerator,
+    /// Versioned name of the q35 board, as `pc-q35-7.2`.
+    pub(crate) q35_name: String,
+    /// `qboot.rom`, which starts a kernel faster than the default firmware.
+    pub(crate) firmware: Option<PathBuf>,
+    /// Frequency of the time stamp counter in kHz, where the guest sees the host's.
+    pub(crate) tsc_khz: Option<u64>,
+    /// This QEMU was built with seccomp.
+    pub(crate) sandbox: bool,
+}
+
+/// Numbers of the listening sockets that QEMU inherits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sockets {
+    pub(crate) qmp: i32,
+    pub(crate) agent: i32,
+}
+
+/// Translates a machine into the arguments of QEMU.
+pub(crate) fn arguments(
+    board: Board,
+    spec: &MachineSpec,
+    host: &Host,
+    sockets: Sockets,
+) -> Result<Vec<OsString>, VmmError> {
+    check(board, spec)?;
+    let memory_mib = spec.memory_bytes.div_ceil(MEBIBYTE);
+    let mut line = Line::default();
+
+    line.option("-name", format!("guest={},debug-threads=on", spec.id));
+    line.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
+    line.option("-display", "none");
+    line.option("-msg", "timestamp=on");
+    if host.sandbox {
+        line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    }
+    line.option("-pidfile", text(&spec.runtime_directory.join(PID_FILE))?);
+
+    line.option("-machine", format!("{},memory-backend=mem", board.machine(&host.q35_name)));
+    match host.accelerator {
+        Accelerator::Kvm => {
+            line.option("-accel", "kvm");
+            line.option("-cpu", "host");
+        }
+        Accelerator::Tcg => {
+            line.option("-accel", "tcg,thread=multi");
+            line.option("-cpu", "max");
+        }
+    }
+    line.option("-smp", format!("cpus={cpus},sockets=1,cores={cpus},threads=1", cpus = spec.cpus));
+    line.option("-m", format!("size={memory_mib}M"));
+    line.json("-object", memory(spec, memory_mib)?);
+
+    if let Some(firmware) = &host.firmware {
+        line.option("-bios", text(firmware)?);
+    }
+    line.option("-kernel", text(&spec.kernel)?);
+    line.option("-initrd", text(&spec.initramfs)?);
+    line.option("-append", kernel_arguments(board, spec, host)?);
+
+    line.option("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", sockets.qmp));
+    line.option("-mon", "chardev=qmp,mode=control");
+    line.option("-chardev", file_chardev("console", &spec.vmm_log)?);
+    line.option("-serial", "chardev:console");
+
+    line.option("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", sockets.agent));
+    line.option("-chardev", file_chardev(LOG_CHARDEV, &spec.workload_log)?);
+    line.json("-device", board.device("serial", "serial", Slot::Serial));
+    line.json("-device", serial_port("agent-port", "agent", AGENT_PORT, 1));
+    line.json("-device", serial_port("log-port", LOG_CHARDEV, LOG_PORT, 2));
+
+    line.json("-object", json!({ "qom-type": "rng-builtin", "id": "entropy" }));
+    line.json("-device", with(board.device("rng", "rng", Slot::Random), "rng", json!("entropy")));
+    let balloon = board.device("balloon", "balloon", Slot::Balloon);
+    let balloon = with(balloon, "deflate-on-oom", json!(true));
+    line.json("-device", with(balloon, "free-page-reporting", json!(true)));
+    if board == Board::Q35 {
+        line.json("-device", json!({ "driver": "pvpanic", "id": "pvpanic" }));
+    }
+
+    if let Some(nic) = &spec.nic {
+        line.option("-netdev", format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", nic.tap));
+        let device = with(board.device("net", "nic", Slot::Nic), "netdev", json!("net"));
+        let device = with(device, "mac", json!(nic.mac));
+        // No network boot, so no option ROM for it.
+        let device = if board == Board::Q35 { with(device, "romfile", json!("")) } else { device };
+        line.json("-device", device);
+    }
+    for (index, disk) in spec.disks.iter().enumerate() {
+        add_disk(&mut line, board, index, disk)?;
+    }
+    Ok(line.words)
+}
+
+fn add_disk(line: &mut Line, board: Board, index: usize, disk: &Disk) -> Result<(), VmmError> {
+    let file = format!("disk{index}-file");
+    let raw = format!("disk{index}-raw");
+    line.json(
+        "-blockdev",
+        json!({
+            "driver": "file",
+            "node-name": file,
+            "filename": text(&disk.path)?,
+            "read-only": disk.read_only,
+            "locking": "on",
+            "aio": "threads",
+            "discard": "unmap",
+            "cache": { "direct": false, "no-flush": false },
+        }),
+    );
+    line.json(
+        "-blockdev",
+        json!({
+            "driver": "raw",
+            "node-name": raw,
+            "file": file,
+            "read-only": disk.read_only,
+            "discard": "unmap",
+        }),
+    );
+    let mut drive = raw;
+    if let Some(limit) = disk.limit {
+        let group = format!("disk{index}-limit");
+        let sustained = limit.bytes_per_second.max(1);
+        line.json(
+            "-object",
+            json!({
+                "qom-type": "throttle-group",
+                "id": group,
+                "limits": {
+                    "bps-total": sustained,
+                    "bps-total-max": limit.burst_bytes_per_second.max(sustained),
+                    "bps-total-max-length": 1,
+                },
+            }),
+        );
+        let throttled = format!("disk{index}-throttle");
+        line.json(
+            "-blockdev",
+            json!({
+                "driver": "throttle",
+                "node-name": throttled,
+                "throttle-group": group,
+                "file": drive,
+                "read-only": disk.read_only,
+                "discard": "unmap",
+            }),
+        );
+        drive = throttled;
+    }
+    let device = board.device("blk", &format!("disk{index}"), Slot::Disk(index));
+    line.json("-device", with(device, "drive", json!(drive)));
+    Ok(())
+}
+
+fn memory(spec: &MachineSpec, memory_mib: u64) -> Result<Value, VmmError> {
+    let size = memory_mib * MEBIBYTE;
+    Ok(match &spec.memory_file {
+        Some(path) => json!({
+            "qom-type": "memory-backend-file",
+            "id": "mem",
+            "size": size,
+            "mem-path": text(path)?,
+            "share": true,
+            "dump": false,
+        }),
+        None => json!({ "qom-type": "memory-backend-ram", "id": "mem", "size": size, "dump": false }),
+    })
+}
+
+fn serial_port(id: &str, chardev: &str, name: &str, number: u32) -> Value {
+    json!({
+        "driver": "virtserialport",
+        "id": id,
+        "bus": "serial.0",
+        "nr": number,
+        "chardev": chardev,
+        "name": name,
+    })
+}
+
+fn file_chardev(id: &str, path: &Path) -> Result<String, VmmError> {
+    Ok(format!("file,id={id},path={},append=on", escaped(path)?))
+}
+
+fn kernel_arguments(board: Board, spec: &MachineSpec, host: &Host) -> Result<String, VmmError> {
+    // A reboot ends the machine, so a panic ends it at once, its message on the console. `cryptomgr.notests`
+    // spares a distribution's kernel its self-tests, a tenth of its boot.
+    let mut words: Vec<String> = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "cryptomgr.notests"]
+        .into_iter()
+        .chain(["net.ifnames=0"])
+        .map(str::to_owned)
+        .collect();
+    if board == Board::Microvm {
+        words.push("pci=off".to_owned());
+    }
+    if let Some(khz) = host.tsc_khz {
+        // Without these a microvm guest calibrates its clock by polling, which fails on a busy host and then
+        // hangs for ever; q35 merely boots faster.
+        words.push(format!("tsc_early_khz={khz}"));
+        words.push("no_timer_check".to_owned());
+    }
+    for word in &spec.kernel_arguments {
+        if word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(invalid(format!("the kernel argument {word:?} is not one word of printable ASCII")));
+        }
+        words.push(word.clone());
+    }
+    let joined = words.join(" ");
+    if joined.len() > KERNEL_ARGUMENTS_LIMIT {
+        return Err(invalid(format!(
+            "the kernel arguments have {} bytes, a kernel takes {KERNEL_ARGUMENTS_LIMIT}",
+            joined.len()
+        )));
+    }
+    Ok(joined)
+}
+
+fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
+    let is_name = |text: &str, limit: usize, also: &[u8]| {
+        !text.is_empty()
+            && text.len() <= limit
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || also.contains(&byte))
+    };
+    if !is_name(&spec.id, 63, b"-") {
+        return Err(invalid(format!("{:?} is no machine id", spec.id)));
+    }
+    if let Some(nic) = &spec.nic {
+        // The kernel's limit for interface names is 15 bytes.
+        if !is_name(&nic.tap, 15, b"-_.") {
+            return Err(invalid(format!("{:?} is no name of a network interface", nic.tap)));
+        }
+        let is_mac = nic.mac.len() == 17
+            && nic.mac.bytes().enumerate().all(|(at, byte)| match at % 3 {
+                2 => byte == b':',
+                _ => byte.is_ascii_hexdigit(),
+            });
+        if !is_mac {
+            return Err(invalid(format!("{:?} is no MAC address", nic.mac)));
+        }
+    }
+    if spec.cpus == 0 || spec.cpus > 255 {
+        return Err(invalid(format!("{} virtual CPUs: the board takes 1 to 255", spec.cpus)));
+    }
+    if spec.memory_bytes < 16 * MEBIBYTE {
+        return Err(invalid(format!("{} bytes of memory: no kernel starts in less than 16 MiB", spec.memory_bytes)));
+    }
+    if spec.disks.len() > board.max_disks() {
+        return Err(invalid(format!("{} disks: the board takes {}", spec.disks.len(), board.max_disks())));
+    }
+    Ok(())
+}
+
+pub(crate) fn invalid(message: String) -> VmmError {
+    VmmError::InvalidSpec(message)
+}
+
+/// The path as QEMU can take it: text, absolute, without line breaks.
+fn text(path: &Path) -> Result<String, VmmError> {
+    match path.to_str() {
+        Some(text) if path.is_absolute() && !text.contains(|letter: char| letter.is_control()) => {
+            Ok(text.to_owned())
+        }
+        _ => Err(invalid(format!("{path:?} is no absolute path of printable text"))),
+    }
+}
+
+/// The path as a value in a list of options, where a comma separates and two are one.
+fn escaped(path: &Path) -> Result<String, VmmError> {
+    Ok(text(path)?.replace(',', ",,"))
+}
+
+fn with(mut device: Value, key: &str, value: Value) -> Value {
+    device[key] = value;
+    device
+}
+
+#[derive(Default)]
+struct Line {
+    words: Vec<OsString>,
+}
+
+impl Line {
+    fn flags(&mut self, flags: &[&str]) {
+        self.words.extend(flags.iter().map(OsString::from));
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.words.push(name.into());
+        self.words.push(value.into());
+    }
+
+    fn json(&mut self, name: &str, value: Value) {
+        self.option(name, value.to_string());
+    }
+}
+
+#[cfg(test)]
+#[path = "arguments_tests.rs"]
+mod tests;

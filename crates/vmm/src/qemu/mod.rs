@@ -1,0 +1,2 @@
+//! QEMU.
+mod qmp;
