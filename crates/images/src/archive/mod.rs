@@ -1,0 +1,5 @@
+//! Images in files.
+
+/// Placeholder.
+#[derive(Debug)]
+pub struct Archive;
