@@ -83,8 +83,11 @@ pub fn mac_address(random: [u8; 3]) -> String {
 
 /// The name of an instance's TAP: `hype-` and the start of its id, at most 15 characters.
 pub fn tap_name(instance_id: &str) -> String {
-    let start: String =
-        instance_id.chars().filter(char::is_ascii_alphanumeric).take(TAP_ID_LENGTH).collect();
+    let start: String = instance_id
+        .chars()
+        .filter(char::is_ascii_alphanumeric)
+        .take(TAP_ID_LENGTH)
+        .collect();
     format!("hype-{}", start.to_ascii_lowercase())
 }
 
@@ -111,7 +114,9 @@ pub(crate) fn pick(
     let start = split_mix(&mut state) % span;
     (0..span)
         .find_map(|step| free(start + step))
-        .ok_or_else(|| NetworkError::Exhausted { subnet: subnet.to_string() })
+        .ok_or_else(|| NetworkError::Exhausted {
+            subnet: subnet.to_string(),
+        })
 }
 
 /// One step of SplitMix64: spreads any seed, also a small one, over all bits.
@@ -184,7 +189,13 @@ mod tests {
 
     #[test]
     fn group_addresses_are_refused() {
-        for text in ["ff:ff:ff:ff:ff:ff", "01:80:c2:00:00:00", "00:00:00:00:00:00", "02:00:00:00:00", "2:0:0:0:0:0"] {
+        for text in [
+            "ff:ff:ff:ff:ff:ff",
+            "01:80:c2:00:00:00",
+            "00:00:00:00:00:00",
+            "02:00:00:00:00",
+            "2:0:0:0:0:0",
+        ] {
             assert!(text.parse::<MacAddress>().is_err(), "{text}");
         }
     }

@@ -55,6 +55,9 @@ pub enum NetworkError {
 impl NetworkError {
     /// Wraps the kernel's answer to `action`.
     pub(crate) fn kernel(action: impl Into<String>, source: io::Error) -> Self {
-        Self::Kernel { action: action.into(), source }
+        Self::Kernel {
+            action: action.into(),
+            source,
+        }
     }
 }

@@ -20,7 +20,10 @@
 mod address;
 mod conflict;
 mod error;
+mod firewall;
 mod guests;
+#[cfg(test)]
+mod host_tests;
 mod links;
 mod network;
 mod options;

@@ -51,14 +51,17 @@ impl NetworkOptions {
 
     /// The name of the nftables tables that go with a bridge.
     pub fn table_for(bridge_name: &str) -> String {
-        let tail: String =
-            bridge_name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let tail: String = bridge_name
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+            .collect();
         format!("hypeman_{tail}")
     }
 
     /// The gateway's address: the chosen one, or the first of the subnet.
     pub fn gateway_address(&self) -> Ipv4Addr {
-        self.gateway.unwrap_or_else(|| Ipv4Addr::from(u32::from(self.subnet_cidr.network()).wrapping_add(1)))
+        self.gateway
+            .unwrap_or_else(|| Ipv4Addr::from(u32::from(self.subnet_cidr.network()).wrapping_add(1)))
     }
 
     /// Checks everything that can be checked without looking at the host.
@@ -70,22 +73,23 @@ impl NetworkOptions {
         if let Some(uplink) = &self.uplink {
             check_interface_name("uplink", uplink)?;
             if *uplink == self.bridge_name {
-                return Err(NetworkError::Invalid("uplink must not be the bridge itself".into()));
+                return Err(NetworkError::Invalid(
+                    "uplink must not be the bridge itself".into(),
+                ));
             }
         }
         let table = &self.table_name;
         let starts_well = table.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
-        if !starts_well
-            || table.len() > 64
-            || !table.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-        {
+        if !starts_well || table.len() > 64 || !table.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
             return Err(NetworkError::Invalid(format!(
                 "table_name {table:?}: use at most 64 letters, digits and underscores"
             )));
         }
         let subnet = self.subnet_cidr;
         if subnet.prefix_len() < 8 || subnet.prefix_len() > 29 {
-            return Err(NetworkError::Invalid(format!("subnet_cidr {subnet}: the prefix must be 8 to 29")));
+            return Err(NetworkError::Invalid(format!(
+                "subnet_cidr {subnet}: the prefix must be 8 to 29"
+            )));
         }
         if subnet.trunc() != subnet {
             return Err(NetworkError::Invalid(format!(
@@ -94,13 +98,20 @@ impl NetworkOptions {
             )));
         }
         let network = subnet.network();
-        if network.is_loopback() || network.is_link_local() || network.is_multicast() || network.octets()[0] == 0
+        if network.is_loopback()
+            || network.is_link_local()
+            || network.is_multicast()
+            || network.octets()[0] == 0
         {
-            return Err(NetworkError::Invalid(format!("subnet_cidr {subnet} is a reserved range")));
+            return Err(NetworkError::Invalid(format!(
+                "subnet_cidr {subnet} is a reserved range"
+            )));
         }
         let gateway = self.gateway_address();
         if !is_host_address(subnet, gateway) {
-            return Err(NetworkError::Invalid(format!("gateway {gateway} is not a host address of {subnet}")));
+            return Err(NetworkError::Invalid(format!(
+                "gateway {gateway} is not a host address of {subnet}"
+            )));
         }
         Ok(())
     }
@@ -116,7 +127,9 @@ pub(crate) fn check_interface_name(what: &str, name: &str) -> Result<(), Network
     let good = !name.is_empty()
         && name.len() <= INTERFACE_NAME_MAX
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
     if good {
         return Ok(());
     }
