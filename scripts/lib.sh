@@ -1,0 +1,113 @@
+# What the scripts share. Sourced, from the top of the repository.
+# shellcheck shell=bash
+
+TARGET_DIRECTORY=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+CACHE_DIRECTORY=${HYPEMAN_CACHE:-$TARGET_DIRECTORY/cache}
+ARCHITECTURE=$(uname -m)
+MUSL_TARGET=$ARCHITECTURE-unknown-linux-musl
+GNU_TARGET=$ARCHITECTURE-unknown-linux-gnu
+GUEST_PROGRAM=$CACHE_DIRECTORY/hypeman-guest
+export PATH=$PATH:/usr/sbin:/sbin
+
+say() { printf '\033[2m== %s\033[0m\n' "$*" >&2; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+as_root() {
+	if [ "$(id -u)" = 0 ]; then
+		"$@"
+	elif have sudo; then
+		sudo "$@"
+	else
+		fail "root is needed for: $* (run it yourself, or install sudo)"
+	fi
+}
+
+is_static() { ! ldd "$1" >/dev/null 2>&1; }
+
+python_with_venv() {
+	local python
+	for python in python3 /usr/bin/python3; do
+		have "$python" && "$python" -c 'import venv, ensurepip' 2>/dev/null && { echo "$python"; return 0; }
+	done
+	return 1
+}
+
+refresh_apt() {
+	[ "${apt_is_fresh:-}" ] || as_root apt-get update -qq >/dev/null 2>&1 || true
+	apt_is_fresh=yes
+}
+
+install_with_apt() {
+	have apt-get || fail "this is no Debian; install by hand: $*"
+	say "installing $*"
+	refresh_apt
+	as_root env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends "$@" >"$TARGET_DIRECTORY/apt.log" 2>&1 ||
+		{ tail -n 20 "$TARGET_DIRECTORY/apt.log" >&2; fail "apt-get could not install: $*"; }
+}
+
+# Name of the package that holds the cloud kernel of this distribution.
+kernel_package() {
+	local flavour=amd64
+	[ "$ARCHITECTURE" = aarch64 ] && flavour=arm64
+	apt-cache depends "linux-image-cloud-$flavour" 2>/dev/null |
+		sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
+}
+
+# The guest kernel: a small one built by kernel/build, else the host's, else the distribution's cloud kernel,
+# downloaded into the cache and never installed. Prints nothing; `kernel_path` tells.
+fetch_kernel() {
+	[ -n "$(kernel_path)" ] && return
+	have apt-get || fail "no guest kernel: install your distribution's kernel package or run kernel/build"
+	local package
+	[ -n "$(kernel_package)" ] || refresh_apt
+	package=$(kernel_package)
+	[ -n "$package" ] || fail "no guest kernel: apt knows no linux-image-cloud package; run kernel/build"
+	say "fetching the guest kernel $package (not installed, only unpacked)"
+	local work=$CACHE_DIRECTORY/kernel.new
+	rm -rf "$work"
+	mkdir -p "$work"
+	(cd "$work" && apt-get download -qq "$package" >/dev/null 2>&1) || {
+		refresh_apt
+		package=$(kernel_package)
+		(cd "$work" && apt-get download -qq "$package" >/dev/null) || fail "cannot download $package"
+	}
+	dpkg -x "$work"/*.deb "$work/root"
+	rm -rf "$work"/*.deb "$CACHE_DIRECTORY/kernel"
+	mv "$work/root" "$CACHE_DIRECTORY/kernel"
+	rm -rf "$work"
+}
+
+# Path of the guest kernel, empty when there is none yet.
+kernel_path() {
+	local candidate
+	for candidate in "${HYPEMAN_KERNEL:-}" "$TARGET_DIRECTORY/kernel/vmlinux" \
+		"$CACHE_DIRECTORY"/kernel/boot/vmlinuz-*; do
+		[ -f "$candidate" ] && { echo "$candidate"; return; }
+	done
+	echo
+}
+
+# The official SDKs and the property-based client, each by its own package manager, under target/contract.
+install_sdks() {
+	local contract=$TARGET_DIRECTORY/contract python
+	mkdir -p "$contract/typescript"
+	if ! [ -x "$contract/venv/bin/schemathesis" ]; then
+		python=$(python_with_venv) || fail "python3 with venv is missing"
+		say "installing the Python SDK and schemathesis"
+		"$python" -m venv "$contract/venv" --clear
+		"$contract/venv/bin/pip" install --quiet --disable-pip-version-check -r tests/contract/python/requirements.txt ||
+			skipped "Python SDK and schemathesis" "pip could not install them"
+	fi
+	cp tests/contract/typescript/* "$contract/typescript/"
+	if ! [ -d "$contract/typescript/node_modules/@onkernel/hypeman" ]; then
+		say "installing @onkernel/hypeman"
+		(cd "$contract/typescript" && npm ci --silent --no-audit --no-fund) ||
+			skipped "TypeScript SDK" "npm could not install it"
+	fi
+}
+
+# What was left out and why, told again at the end.
+SKIPPED=()
+skipped() { SKIPPED+=("$1: $2"); say "skipped $1: $2"; }

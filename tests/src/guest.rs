@@ -1,0 +1,125 @@
+//! An instance as the stories use it.
+
+use serde_json::{Value, json};
+
+use crate::{Client, Entry, ExecSession, Executed, LogStream, copy, eventually};
+
+/// An instance.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    client: Client,
+    /// Id.
+    pub id: String,
+}
+
+impl Guest {
+    pub(crate) fn new(client: Client, id: &str) -> Self {
+        Self {
+            client,
+            id: id.to_owned(),
+        }
+    }
+
+    fn path(&self, rest: &str) -> String {
+        format!("/instances/{}{rest}", self.id)
+    }
+
+    /// The instance as the API shows it.
+    pub async fn inspect(&self) -> Value {
+        self.client.get(&self.path("")).await.expect(200).json()
+    }
+
+    /// Waits until the instance is in `state`; fails the story when it settles in another one.
+    pub async fn wait_for(&self, state: &str) {
+        let path = self.path(&format!("/wait?state={state}&timeout=5m"));
+        let reply = self.client.get(&path).await.expect(200).json();
+        if reply["state"] != state {
+            panic!("{reply} instead of {state}: {}", self.inspect().await);
+        }
+    }
+
+    /// Waits until the instance shows something.
+    pub async fn wait_until(&self, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
+        eventually(what, || async { condition(&self.inspect().await) }).await;
+        self.inspect().await
+    }
+
+    /// Starts a command with further fields of the request.
+    pub async fn exec_session(&self, request: Value) -> ExecSession {
+        ExecSession::start(&self.client, &self.id, &request)
+            .await
+            .expect("exec accepted")
+    }
+
+    /// Runs a command to its end.
+    pub async fn exec(&self, words: &[&str]) -> Executed {
+        self.exec_session(json!({"command": words, "tty": false}))
+            .await
+            .finish()
+            .await
+    }
+
+    /// Runs a shell line to its end.
+    pub async fn shell(&self, line: &str) -> Executed {
+        self.exec(&["sh", "-c", line]).await
+    }
+
+    /// Runs a shell line that must succeed; its output.
+    pub async fn output(&self, line: &str) -> String {
+        let executed = self.shell(line).await;
+        assert_eq!(executed.exit_code, 0, "{line}: {}", executed.text());
+        executed.text()
+    }
+
+    /// Copies a file in.
+    pub async fn copy_in(&self, guest_path: &str, bytes: &[u8], extra: Value) -> Value {
+        let mut request = extra;
+        request["guest_path"] = json!(guest_path);
+        copy::send(&self.client, &self.id, request, Some(bytes)).await
+    }
+
+    /// Makes a directory by copying it in.
+    pub async fn copy_in_directory(&self, guest_path: &str, extra: Value) -> Value {
+        let mut request = extra;
+        request["guest_path"] = json!(guest_path);
+        copy::send(&self.client, &self.id, request, None).await
+    }
+
+    /// Starts to copy a file in and breaks off.
+    pub async fn break_off_copy(&self, guest_path: &str, bytes: &[u8]) {
+        copy::send_and_break_off(&self.client, &self.id, guest_path, bytes).await;
+    }
+
+    /// Copies a file or tree out.
+    ///
+    /// # Errors
+    /// The message of the server's error frame.
+    pub async fn copy_out(&self, guest_path: &str, follow_links: bool) -> Result<Vec<Entry>, String> {
+        copy::fetch(&self.client, &self.id, guest_path, follow_links).await
+    }
+
+    /// Opens the log.
+    pub async fn logs(&self, query: &str) -> LogStream {
+        LogStream::open(&self.client, &self.id, query).await
+    }
+
+    /// Stops it; waits until it is stopped.
+    pub async fn stop(&self) {
+        self.client.post_empty(&self.path("/stop")).await.expect(200);
+        self.wait_for("Stopped").await;
+    }
+
+    /// Starts it; waits until it runs.
+    pub async fn start(&self, body: Value) {
+        self.client.post(&self.path("/start"), &body).await.expect(200);
+        self.wait_for("Running").await;
+    }
+
+    /// Deletes it without a graceful shutdown.
+    pub async fn delete(&self) {
+        self.client
+            .delete(&self.path("?graceful_shutdown=false"))
+            .await
+            .expect(204);
+    }
+}

@@ -1,0 +1,121 @@
+//! What the host offers to the stories.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+/// Whether the stories run as root.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Whether a program is on the path.
+#[must_use]
+pub fn have(program: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|directory| directory.join(program).is_file()))
+}
+
+/// Top of the repository.
+#[must_use]
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the crate lies in the repository")
+        .to_owned()
+}
+
+/// The guest kernel that stories boot: `HYPEMAN_TEST_KERNEL`, else what the server finds on its own.
+#[must_use]
+pub fn kernel() -> Option<PathBuf> {
+    std::env::var_os("HYPEMAN_TEST_KERNEL")
+        .map(PathBuf::from)
+        .filter(|path| path.exists())
+}
+
+/// The hypervisors that a matrix runs over.
+#[must_use]
+pub fn hypervisors() -> [&'static str; 2] {
+    ["qemu", "qemu-microvm"]
+}
+
+/// A small ext4 file system on a loop device, mounted; unmounted when dropped.
+#[derive(Debug)]
+pub struct LoopDisk {
+    directory: TempDir,
+    mount_point: PathBuf,
+}
+
+impl LoopDisk {
+    /// Makes and mounts one of `megabytes`. `None` where the host cannot (not root, no loop device).
+    #[must_use]
+    pub fn mount(megabytes: u64) -> Option<Self> {
+        let directory = tempfile::Builder::new().prefix("hm-disk-").tempdir().ok()?;
+        let image = directory.path().join("disk.img");
+        let mount_point = directory.path().join("m");
+        std::fs::create_dir(&mount_point).ok()?;
+        std::fs::File::create(&image)
+            .ok()?
+            .set_len(megabytes << 20)
+            .ok()?;
+        let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
+            Command::new(program)
+                .args(arguments)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .is_ok_and(|status| status.success())
+        };
+        let made = run(
+            "mkfs.ext4",
+            &[
+                "-q".as_ref(),
+                "-F".as_ref(),
+                "-m".as_ref(),
+                "0".as_ref(),
+                image.as_os_str(),
+            ],
+        ) && run(
+            "mount",
+            &[
+                "-o".as_ref(),
+                "loop".as_ref(),
+                image.as_os_str(),
+                mount_point.as_os_str(),
+            ],
+        );
+        made.then_some(Self {
+            directory,
+            mount_point,
+        })
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.mount_point
+    }
+
+    /// Fills it up but for `leave` bytes; removing the returned file gives the space back.
+    #[must_use]
+    pub fn fill(&self, leave: u64) -> PathBuf {
+        let filler = self.mount_point.join("filler");
+        let space = rustix::fs::statvfs(&self.mount_point).expect("statvfs");
+        let free = space.f_bavail * space.f_frsize;
+        let file = std::fs::File::create(&filler).expect("filler");
+        let length = free.saturating_sub(leave);
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length).expect("fallocate");
+        filler
+    }
+}
+
+impl Drop for LoopDisk {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg("-l").arg(&self.mount_point).status();
+        if !unmounted.is_ok_and(|status| status.success()) {
+            eprintln!("could not unmount {}", self.directory.path().display());
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! What the stories are told with: a real server in a private directory, a client, images made on the spot.
+//!
+//! The stories stand in `stories/`, one file for each part of the product. They talk to the server as users do,
+//! over HTTP, WebSocket and the command line, and know nothing of its inside.
+//!
+//! Invariants:
+//! - A story cleans up also when it fails: [`Server`] ends its process and every VMM of its data directory.
+//! - Only processes that belong to the story's own data directory are ever signalled.
+//! - No story asserts how long something takes; waits are generous and only guard against waiting for ever.
+
+// The whole crate is test code: a failed expectation is how it reports.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::missing_panics_doc
+)]
+
+mod client;
+mod command;
+mod copy;
+mod exec;
+mod guest;
+mod host;
+mod image;
+mod processes;
+mod server;
+mod sse;
+mod token;
+
+pub use client::{Client, Reply, encode};
+pub use command::{CommandLine, Finished};
+pub use copy::Entry;
+pub use exec::{ExecSession, Executed};
+pub use guest::Guest;
+pub use host::{LoopDisk, have, hypervisors, is_root, kernel, repository};
+pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
+pub use processes::{VmmProcess, vmms_of};
+pub use server::{Server, ServerOptions};
+pub use sse::LogStream;
+pub use token::{Claims, mint, mint_with};
+
+use std::time::Duration;
+
+/// How long a story waits before it gives up on something that should have happened. Not an expectation of speed.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Waits until `condition` holds, looking again and again; fails the story when [`PATIENCE`] is over.
+pub async fn eventually<F, Fut>(what: &str, mut condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let end = tokio::time::Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(tokio::time::Instant::now() < end, "gave up waiting: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Leaves the story when the host lacks something, and says so.
+#[macro_export]
+macro_rules! skip_unless {
+    ($condition:expr, $($reason:tt)+) => {
+        if !$condition {
+            eprintln!("SKIPPED: {}", format!($($reason)+));
+            return;
+        }
+    };
+}

@@ -1,0 +1,184 @@
+//! Killed servers, killed VMMs, panics and reboots: what is shown is true, what ran goes on.
+
+use hypeman_tests::{Server, have, is_root, skip_unless};
+use rustix::process::Signal;
+use serde_json::json;
+
+async fn running_vms_survive_the_server(hypervisor: &str) {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({"hypervisor": hypervisor})).await;
+    guest.output("echo kept > /tmp/memory").await;
+    let before = server.vmms();
+    server.kill();
+    assert_eq!(server.vmms(), before, "the VM does not end with the server");
+    server.start_again().await;
+    guest.wait_for("Running").await;
+    assert_eq!(server.vmms(), before, "it is the same VM, not another one");
+    assert_eq!(guest.output("cat /tmp/memory").await, "kept");
+    // And once more, after a polite end.
+    assert!(server.terminate());
+    server.start_again().await;
+    guest.wait_for("Running").await;
+    assert_eq!(guest.output("cat /tmp/memory").await, "kept");
+    guest.stop().await;
+    assert_eq!(server.vmms(), vec![]);
+    guest.start(json!({})).await;
+    guest.delete().await;
+    assert_eq!(server.vmms(), vec![]);
+}
+
+#[tokio::test]
+async fn running_vms_survive_the_server_on_qemu() {
+    running_vms_survive_the_server("qemu").await;
+}
+
+#[tokio::test]
+async fn running_vms_survive_the_server_on_qemu_microvm() {
+    running_vms_survive_the_server("qemu-microvm").await;
+}
+
+#[tokio::test]
+async fn a_program_that_ends_while_the_server_is_down_is_noticed() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let program = "until test -e /tmp/go; do sleep 1; done; sleep 2; exit 5";
+    let guest = server.run(&image, json!({"cmd": ["sh", "-c", program]})).await;
+    guest.output("touch /tmp/go").await;
+    server.kill();
+    hypeman_tests::eventually("the VMM ends on its own", || async { server.vmms().is_empty() }).await;
+    server.start_again().await;
+    guest.wait_for("Stopped").await;
+    guest.start(json!({"cmd": ["sleep", "1000"]})).await;
+}
+
+#[tokio::test]
+async fn a_killed_vmm_is_told_with_its_reason() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    server.vmms()[0].signal(Signal::KILL);
+    guest.wait_for("Stopped").await;
+    let instance = guest.inspect().await;
+    let reason = format!("{} {}", instance["exit_message"], instance["state_error"]).to_lowercase();
+    assert!(reason.contains("kill") || reason.contains("vmm"), "{instance}");
+    guest.start(json!({})).await;
+    assert_eq!(guest.output("echo back").await, "back");
+}
+
+#[tokio::test]
+async fn a_guest_kernel_that_panics_is_told() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    let mut session = guest.exec_session(json!({"command": ["sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo go; sleep 1; echo c > /proc/sysrq-trigger"]})).await;
+    session.read_until("go").await;
+    drop(session);
+    let instance = guest
+        .wait_until("the panic shows", |instance| instance["state"] != "Running")
+        .await;
+    guest
+        .wait_until("it settles", |instance| instance["state"] == "Stopped")
+        .await;
+    let reason = format!("{} {}", instance["exit_message"], instance["state_error"]).to_lowercase();
+    assert!(
+        reason.contains("panic") || reason.contains("kernel") || reason.contains("crash"),
+        "{instance}"
+    );
+    assert_eq!(server.vmms(), vec![]);
+    guest.start(json!({})).await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_hangs_holds_up_nobody() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({"name": "hangs"})).await;
+    let vmm = server.vmms().remove(0);
+    vmm.signal(Signal::STOP);
+    for _ in 0..20 {
+        assert_eq!(
+            client
+                .get("/instances")
+                .await
+                .expect(200)
+                .json()
+                .as_array()
+                .unwrap()
+                .len(),
+            1
+        );
+        assert_eq!(client.get("/instances/hangs").await.status, 200);
+        assert_eq!(client.get("/instances/hangs/stats").await.status, 200);
+    }
+    let other = server.run(&image, json!({"name": "other"})).await;
+    assert_eq!(other.output("echo fine").await, "fine");
+    guest.delete().await;
+    assert!(!vmm.lives(), "a hanging VMM is killed by delete");
+}
+
+#[tokio::test]
+async fn after_a_reboot_nothing_is_taken_for_running() {
+    skip_unless!(
+        have("busybox") && is_root() && have("unshare"),
+        "needs root, unshare and busybox-static"
+    );
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    // A host that lost power: no process is left, sockets and files are stale, and the boot id is another one.
+    server.kill();
+    for vmm in server.vmms() {
+        vmm.signal(Signal::KILL);
+    }
+    let boot_id = server.scratch().join("boot_id");
+    std::fs::write(&boot_id, "11111111-2222-3333-4444-555555555555\n").unwrap();
+    let script = format!(
+        "mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$@\"",
+        boot_id.display()
+    );
+    server.set_wrapper(&[
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+    ]);
+    server.start_again().await;
+    guest.wait_for("Stopped").await;
+    guest.start(json!({})).await;
+    assert_eq!(guest.output("echo up again").await, "up again");
+    // With the same data but yet another boot, the VMM that lives is not believed to be ours by its number alone.
+    guest.delete().await;
+    assert_eq!(server.vmms(), vec![]);
+}
+
+#[tokio::test]
+async fn a_guest_cannot_forge_its_state() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let program = "for w in HYPEMAN-EXIT HYPEMAN-PROGRAM-START HYPEMAN-AGENT-READY; do echo \"$w code=0\"; echo \"$w code=0\" > /dev/console; done; sleep 1000";
+    let guest = server.run(&image, json!({"cmd": ["sh", "-c", program]})).await;
+    guest
+        .logs("follow=true")
+        .await
+        .wait_for("HYPEMAN-AGENT-READY")
+        .await;
+    assert_eq!(guest.output("echo still running").await, "still running");
+    assert_eq!(guest.inspect().await["state"], "Running");
+    // What the guest writes to the host's channel past its agent is noise, not messages.
+    guest.shell("for port in /dev/vport* /dev/hvc*; do (head -c 100000 /dev/urandom > $port) 2>/dev/null; done; true").await;
+    assert_eq!(server.client().get("/instances").await.status, 200);
+    guest.delete().await;
+    assert_eq!(server.vmms(), vec![]);
+}

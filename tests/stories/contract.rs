@@ -1,0 +1,122 @@
+//! The contract, proven by the clients that people use: the official SDKs, and one that tries everything.
+//!
+//! Their programs stand in `tests/contract`; `scripts/test` installs the SDKs under `target/contract`.
+
+use std::path::{Path, PathBuf};
+
+use hypeman_tests::{ImageBuilder, Server, have, repository, skip_unless};
+use tokio::process::Command;
+
+fn installed(name: &str) -> PathBuf {
+    let directory = std::env::var_os("HYPEMAN_CONTRACT")
+        .map_or_else(|| repository().join("target/contract"), PathBuf::from);
+    directory.join(name)
+}
+
+async fn drive(program: &Path, arguments: &[&str], directory: &Path, server: &Server, image: &str) {
+    let layout = server.scratch().join("layout");
+    ImageBuilder::busybox()
+        .unwrap()
+        .config("Env", serde_json::json!(["FROM=sdk"]))
+        .build()
+        .write_layout(&layout, "1");
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir(directory)
+        .env("HYPEMAN_BASE_URL", server.client().base())
+        .env("HYPEMAN_API_KEY", server.client().token().unwrap())
+        .env("STORY_IMAGE", image)
+        .env("STORY_LAYOUT", &layout)
+        .env("STORY_SCRATCH", server.scratch())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap();
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    println!("{said}");
+    assert!(
+        output.status.success(),
+        "{} failed ({}):\n{said}",
+        program.display(),
+        output.status
+    );
+}
+
+#[tokio::test]
+async fn the_official_python_sdk_works_unchanged() {
+    let python = installed("venv/bin/python");
+    skip_unless!(
+        python.exists() && have("busybox"),
+        "needs scripts/prepare --tests (Python SDK) and busybox-static"
+    );
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    drive(
+        &python,
+        &["contract.py"],
+        &repository().join("tests/contract/python"),
+        &server,
+        &image,
+    )
+    .await;
+    assert_eq!(server.vmms(), vec![], "the client deleted what it made");
+}
+
+#[tokio::test]
+async fn the_official_typescript_sdk_works_unchanged() {
+    let modules = installed("typescript/node_modules/@onkernel/hypeman");
+    skip_unless!(
+        modules.exists() && have("busybox"),
+        "needs scripts/prepare --tests (TypeScript SDK) and busybox-static"
+    );
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    drive(
+        Path::new("node"),
+        &["contract.mjs"],
+        &installed("typescript"),
+        &server,
+        &image,
+    )
+    .await;
+    assert_eq!(server.vmms(), vec![], "the client deleted what it made");
+}
+
+#[tokio::test]
+async fn whatever_a_client_tries_the_answers_are_documented() {
+    let schemathesis = installed("venv/bin/schemathesis");
+    skip_unless!(
+        schemathesis.exists() && have("busybox"),
+        "needs scripts/prepare --tests (schemathesis) and busybox-static"
+    );
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let spec = format!("{}/spec.json", server.client().base());
+    let token = format!("Authorization: Bearer {}", server.client().token().unwrap());
+    let arguments = [
+        "run",
+        &spec,
+        "--header",
+        &token,
+        "--max-examples",
+        "40",
+        "--seed",
+        "1",
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--checks",
+        "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        "--exclude-path-regex",
+        "/(logs|wait|exec|cp)$",
+        "--request-timeout",
+        "60",
+        "--generation-deterministic",
+        "--no-color",
+    ];
+    drive(&schemathesis, &arguments, &server.scratch(), &server, &image).await;
+    assert_eq!(server.client().get("/health").await.status, 200);
+}

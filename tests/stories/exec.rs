@@ -1,0 +1,176 @@
+//! Commands inside a running instance.
+
+use futures::future::join_all;
+use hypeman_tests::{ExecSession, Server, have, skip_unless};
+use serde_json::json;
+
+#[tokio::test]
+async fn commands_stream_take_input_and_report_their_exit() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+
+    for code in [0, 1, 42, 255] {
+        assert_eq!(guest.shell(&format!("exit {code}")).await.exit_code, code);
+    }
+    assert_eq!(guest.shell("kill -9 $$").await.exit_code, 137);
+    let merged = guest.shell("echo out; echo err >&2").await;
+    assert!(merged.text().contains("out") && merged.text().contains("err"));
+
+    let missing = guest.exec(&["/no/such/program"]).await;
+    assert_eq!(missing.exit_code, 127);
+    assert!(!missing.output.is_empty(), "the reason is told");
+
+    let request =
+        json!({"command": ["sh", "-c", "echo $COLOUR $PWD"], "env": {"COLOUR": "red"}, "cwd": "/tmp"});
+    assert_eq!(
+        guest.exec_session(request).await.finish().await.text(),
+        "red /tmp"
+    );
+
+    // No terminal: bytes pass as they are, in both directions.
+    let bytes: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+    let mut session = guest
+        .exec_session(json!({"command": ["head", "-c", "100000"]}))
+        .await;
+    for chunk in bytes.chunks(32 * 1024) {
+        session.input(chunk).await;
+    }
+    let echoed = session.finish().await;
+    assert_eq!((echoed.output == bytes, echoed.exit_code), (true, 0));
+
+    // Output streams: the first line comes while the command waits for its answer.
+    let mut session = guest
+        .exec_session(json!({"command": ["sh", "-c", "echo asked; read answer; echo got $answer"]}))
+        .await;
+    session.read_until("asked").await;
+    session.input(b"it\n").await;
+    assert_eq!(session.finish().await.text(), "asked\ngot it");
+
+    // An empty command is a shell.
+    let mut shell = guest.exec_session(json!({"command": []})).await;
+    shell.input(b"echo from the shell; exit 5\n").await;
+    assert_eq!(shell.finish().await.exit_code, 5);
+}
+
+#[tokio::test]
+async fn a_terminal_has_a_size_that_follows_its_window() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    let mut session = guest
+        .exec_session(json!({"command": ["sh"], "tty": true, "rows": 33, "cols": 101}))
+        .await;
+    session.input(b"stty size\n").await;
+    session.read_until("33 101").await;
+    session.resize(44, 122).await;
+    session.input(b"stty size; tty\n").await;
+    session.read_until("44 122").await;
+    session.read_until("/dev/pts/").await;
+    // Control-C reaches the foreground program, not the shell.
+    session.input(b"sleep 1000\n").await;
+    session.input(&[3]).await;
+    session.input(b"echo still here\n").await;
+    session.read_until("still here\r\n").await;
+    session.input(b"exit 9\n").await;
+    assert_eq!(session.finish().await.exit_code, 9);
+}
+
+#[tokio::test]
+async fn a_command_is_ended_by_its_timeout_and_by_a_client_that_leaves() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    let timed = guest
+        .exec_session(json!({"command": ["sleep", "4321"], "timeout": 1}))
+        .await
+        .finish()
+        .await;
+    assert_eq!(timed.exit_code, 124);
+    let count = "ps | grep 'sleep 432[1]' | wc -l";
+    assert_eq!(guest.output(count).await, "0");
+
+    let mut session = guest
+        .exec_session(json!({"command": ["sh", "-c", "echo on; exec sleep 4322"]}))
+        .await;
+    session.read_until("on").await;
+    drop(session);
+    let gone = "n=1; for i in 1 2 3 4 5 6 7 8 9 10 11 12; do n=$(ps | grep 'sleep 432[2]' | wc -l); [ $n = 0 ] && break; sleep 1; done; echo $n";
+    assert_eq!(guest.output(gone).await, "0");
+}
+
+#[tokio::test]
+async fn twenty_sessions_stream_at_once() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    let sessions = (0..20).map(|number| {
+        let guest = guest.clone();
+        async move {
+            let line = format!("i=0; while [ $i -lt 200 ]; do echo {number}:$i; i=$((i+1)); done");
+            (number, guest.shell(&line).await)
+        }
+    });
+    for (number, executed) in join_all(sessions).await {
+        let expected: Vec<String> = (0..200).map(|i| format!("{number}:{i}")).collect();
+        assert_eq!(executed.text(), expected.join("\n"));
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_output_neither_grows_the_server_nor_blocks_others() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({})).await;
+    // Three sessions whose output nobody reads.
+    let mut idle = Vec::new();
+    for _ in 0..3 {
+        idle.push(
+            guest
+                .exec_session(json!({"command": ["sh", "-c", "exec cat /dev/zero"]}))
+                .await,
+        );
+    }
+    let before = resident(server.pid());
+    for _ in 0..5 {
+        assert_eq!(guest.output("echo alive").await, "alive");
+    }
+    let grown = resident(server.pid()).saturating_sub(before);
+    assert!(grown < 64 << 20, "the server grew by {grown} bytes");
+    drop(idle);
+    assert_eq!(guest.output("echo alive").await, "alive");
+}
+
+fn resident(pid: u32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+#[tokio::test]
+async fn exec_on_a_stopped_instance_is_refused_before_the_upgrade() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.create(&image, json!({"cmd": ["true"]})).await;
+    guest.wait_for("Stopped").await;
+    let request = json!({"command": ["true"]});
+    let (status, body) = ExecSession::start(server.client(), &guest.id, &request)
+        .await
+        .unwrap_err();
+    assert_eq!((status, &body["code"]), (409, &json!("invalid_state")), "{body}");
+    assert!(body["message"].as_str().unwrap().contains("Stopped"), "{body}");
+    let (status, _) = ExecSession::start(server.client(), "nobody", &request)
+        .await
+        .unwrap_err();
+    assert_eq!(status, 404);
+    let stranger = server.client().with_token(None);
+    let (status, _) = ExecSession::start(&stranger, &guest.id, &request)
+        .await
+        .unwrap_err();
+    assert_eq!(status, 401);
+}

@@ -1,0 +1,136 @@
+//! A disk that fills up: a clear error, nothing corrupt, and on it goes once there is space.
+
+use hypeman_tests::{
+    Image, ImageBuilder, LayerBuilder, LoopDisk, Server, ServerOptions, have, sha256, skip_unless,
+};
+use serde_json::json;
+
+fn noise(bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    })
+    .take(bytes)
+    .collect()
+}
+
+async fn server_on(disk: &LoopDisk) -> Server {
+    let data_directory = Some(disk.path().join("d"));
+    Server::start_with(ServerOptions {
+        data_directory,
+        ..ServerOptions::default()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_push_into_a_full_disk_fails_clearly_and_works_later() {
+    let Some(disk) = LoopDisk::mount(192) else {
+        skip_unless!(false, "needs root and a loop device");
+        return;
+    };
+    let server = server_on(&disk).await;
+    let client = server.client();
+    let image = ImageBuilder::empty()
+        .layer(LayerBuilder::default().file("noise", 0o644, &noise(16 << 20)))
+        .build();
+    let filler = disk.fill(4 << 20);
+
+    let bytes = noise(24 << 20);
+    let refused = Image::push_blob(client, "full", &sha256(&bytes), &bytes).await;
+    assert!(refused.status >= 400, "{}", refused.text());
+    assert!(
+        refused.text().to_lowercase().contains("space"),
+        "the reason is told: {}",
+        refused.text()
+    );
+    assert_eq!(client.get("/images").await.status, 200);
+
+    std::fs::remove_file(&filler).unwrap();
+    let name = server.push(&image, "full", "1").await;
+
+    // Conversion runs out of space: the image fails, and a second push succeeds.
+    let image = ImageBuilder::empty()
+        .layer(LayerBuilder::default().file("noise", 0o644, &noise(17 << 20)))
+        .build();
+    for (digest, bytes) in &image.blobs {
+        Image::push_blob(client, "full", digest, bytes).await.expect(201);
+    }
+    let filler = disk.fill(2 << 20);
+    let pushed = image.push_manifest(client, "full", "2").await;
+    let second = format!("{}/full:2", server.host());
+    if pushed.status == 201 {
+        let settled = server.image_settled(&second).await;
+        assert_eq!(settled["status"], "failed", "{settled}");
+        assert!(
+            settled["error"]
+                .as_str()
+                .unwrap()
+                .to_lowercase()
+                .contains("space"),
+            "{settled}"
+        );
+    } else {
+        assert!(
+            pushed.text().to_lowercase().contains("space"),
+            "{}",
+            pushed.text()
+        );
+    }
+    std::fs::remove_file(&filler).unwrap();
+    server.push(&image, "full", "2").await;
+    assert_eq!(
+        server.image_settled(&name).await["status"],
+        "ready",
+        "the first one is untouched"
+    );
+}
+
+#[tokio::test]
+async fn instances_on_a_full_disk_fail_clearly_and_work_later() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let Some(disk) = LoopDisk::mount(256) else {
+        skip_unless!(false, "needs root and a loop device");
+        return;
+    };
+    let mut server = server_on(&disk).await;
+    let image = server.busybox().await;
+    let guest = server.run(&image, json!({"overlay_size": "512MB"})).await;
+
+    let filler = disk.fill(3 << 20);
+    // The overlay cannot grow: the guest learns of it or the state tells; the server goes on either way.
+    let session = guest.exec_session(json!({"command": ["sh", "-c", "dd if=/dev/urandom of=/big bs=1M count=40 conv=fsync; echo rc=$?"], "timeout": 60})).await;
+    let wrote = tokio::time::timeout(std::time::Duration::from_secs(90), session.finish()).await;
+    if let Ok(executed) = wrote {
+        assert!(
+            !executed.text().contains("rc=0"),
+            "forty megabytes went into three: {}",
+            executed.text()
+        );
+    }
+    let request = json!({"name": "refused", "image": image, "size": "64MB", "network": {"enabled": false}});
+    let refused = server.client().post("/instances", &request).await;
+    assert!(
+        refused.status < 500 || refused.text().to_lowercase().contains("space"),
+        "{}",
+        refused.text()
+    );
+    assert_eq!(server.client().get("/instances").await.status, 200);
+
+    std::fs::remove_file(&filler).unwrap();
+    guest.delete().await;
+    let _ = server
+        .client()
+        .delete("/instances/refused?graceful_shutdown=false")
+        .await;
+    assert_eq!(server.vmms(), vec![]);
+    server.kill();
+    server.start_again().await;
+    let guest = server.run(&image, json!({"name": "later"})).await;
+    assert_eq!(guest.output("echo fine").await, "fine");
+    guest.delete().await;
+    assert_eq!(server.client().get("/instances").await.json(), json!([]));
+}

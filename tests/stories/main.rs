@@ -1,0 +1,26 @@
+//! What users, operators and attackers do, and what must come of it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::print_stdout
+)]
+
+mod access;
+mod bad_days;
+mod command_line;
+mod contract;
+mod copy;
+mod crash;
+mod crowd;
+mod exec;
+mod exits;
+mod full_disk;
+mod images;
+mod lifecycle;
+mod logs;
+mod lookup;
+mod network;
+mod registry;
+mod service;

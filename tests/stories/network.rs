@@ -1,0 +1,130 @@
+//! Networking as far as it goes: refused with the fix, or attached.
+
+use std::os::fd::AsFd;
+use std::process::Command;
+
+use hypeman_tests::{Server, ServerOptions, have, is_root, skip_unless};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde_json::json;
+
+/// A network namespace with a loopback and an uplink, deleted when dropped.
+struct Namespace(String);
+
+impl Namespace {
+    /// Makes one and moves this thread into it: its sockets and child processes are inside from now on.
+    fn enter() -> Option<Self> {
+        let name = format!("hm-{}", std::process::id());
+        let run = |words: &str| {
+            Command::new("ip")
+                .args(words.split(' '))
+                .output()
+                .is_ok_and(|output| output.status.success())
+        };
+        let namespace = run(&format!("netns add {name}")).then(|| Self(name.clone()))?;
+        let ready = run(&format!("-n {name} link set lo up"))
+            && run(&format!("-n {name} link add up0 type veth peer name up1"))
+            && run(&format!("-n {name} address add 192.0.2.2/24 dev up0"))
+            && run(&format!("-n {name} link set up0 up"))
+            && run(&format!("-n {name} link set up1 up"))
+            && run(&format!("-n {name} route add default via 192.0.2.1"));
+        let file = std::fs::File::open(format!("/run/netns/{name}")).ok()?;
+        let entered = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).is_ok();
+        (ready && entered).then_some(namespace)
+    }
+
+    fn run(words: &[&str]) -> std::process::Output {
+        Command::new(words[0]).args(&words[1..]).output().unwrap()
+    }
+
+    fn output(words: &[&str]) -> String {
+        String::from_utf8_lossy(&Self::run(words).stdout).into_owned()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "delete", &self.0]).status();
+    }
+}
+
+#[tokio::test]
+async fn without_the_privilege_networking_is_refused_with_the_fix() {
+    skip_unless!(
+        have("busybox") && is_root() && have("setpriv"),
+        "needs root (to drop it), setpriv and busybox-static"
+    );
+    let wrapper = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+        .map(str::to_owned)
+        .to_vec();
+    let server = Server::start_with(ServerOptions {
+        wrapper,
+        ..ServerOptions::default()
+    })
+    .await;
+    let image = server.busybox().await;
+    let request = json!({"name": "wired", "image": image, "size": "64MB"});
+    let reply = server.client().post("/instances", &request).await;
+    assert!(
+        (400..500).contains(&reply.status),
+        "{} {}",
+        reply.status,
+        reply.text()
+    );
+    let message = reply.json()["message"].as_str().unwrap().to_owned();
+    assert!(
+        message.contains("CAP_NET_ADMIN") || message.contains("root"),
+        "names the privilege: {message}"
+    );
+    assert!(message.contains("network"), "names the way without: {message}");
+    assert_eq!(server.client().get("/instances").await.json(), json!([]));
+    let guest = server.run(&image, json!({"network": {"enabled": false}})).await;
+    assert_eq!(guest.output("ls /sys/class/net").await, "lo");
+}
+
+#[tokio::test]
+async fn with_the_privilege_instances_get_an_address_apart_from_each_other() {
+    skip_unless!(
+        have("busybox") && is_root() && have("ip") && have("nft"),
+        "needs root, ip, nft and busybox-static"
+    );
+    let Some(_namespace) = Namespace::enter() else {
+        skip_unless!(false, "cannot make network namespaces here");
+        return;
+    };
+    let before = Namespace::output(&["ip", "-o", "link"]);
+    Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let one = server
+        .run(&image, json!({"name": "one", "network": {"enabled": true}}))
+        .await;
+    let two = server
+        .run(&image, json!({"name": "two", "network": {"enabled": true}}))
+        .await;
+    let (shown, other) = (one.inspect().await, two.inspect().await);
+    let (address, peer) = (
+        shown["network"]["ip"].as_str().unwrap(),
+        other["network"]["ip"].as_str().unwrap(),
+    );
+    assert_ne!(address, peer);
+    assert_eq!(shown["network"]["name"], "default");
+    let mac = shown["network"]["mac"].as_str().unwrap();
+    assert!(mac.starts_with("02:"), "{mac}");
+    assert!(one.output("ip -4 -o addr show eth0").await.contains(address));
+    assert!(one.output("ip link show eth0").await.contains(mac));
+    assert!(one.output("ip route").await.contains("default via"));
+    assert!(one.output("cat /etc/resolv.conf").await.contains("nameserver"));
+    let gateway = one
+        .output("ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'")
+        .await;
+    one.output(&format!("ping -c 2 -w 20 {gateway}")).await;
+    assert_ne!(
+        one.shell(&format!("ping -c 1 -w 5 {peer}")).await.exit_code,
+        0,
+        "instances do not see each other"
+    );
+    one.delete().await;
+    two.delete().await;
+    let taps = Namespace::output(&["ip", "-o", "link", "show", "type", "tun"]);
+    assert_eq!(taps, "", "no TAP is left; before: {before}");
+}

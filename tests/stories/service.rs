@@ -1,0 +1,102 @@
+//! What the server says about itself.
+
+use hypeman_tests::Server;
+use serde_json::json;
+
+#[tokio::test]
+async fn the_public_pages_need_no_token_and_nothing_from_elsewhere() {
+    let server = Server::start().await;
+    let stranger = server.client().with_token(None);
+    assert_eq!(
+        stranger.get("/health").await.expect(200).json(),
+        json!({"status": "ok"})
+    );
+    let spec = stranger.get("/spec.json").await.expect(200).json();
+    assert!(
+        spec["openapi"].as_str().unwrap().starts_with("3.1"),
+        "{}",
+        spec["openapi"]
+    );
+    assert!(spec["paths"]["/instances"]["post"].is_object());
+    let yaml = stranger.get("/spec.yaml").await.expect(200);
+    assert!(
+        yaml.header("content-type")
+            .starts_with("application/vnd.oai.openapi"),
+        "{:?}",
+        yaml.headers
+    );
+    let page = stranger.get("/swagger").await.expect(200);
+    assert!(page.header("content-type").starts_with("text/html"));
+    let text = page.text();
+    for foreign in ["src=\"http", "src='http", "href=\"http", "src=\"//", "@import"] {
+        assert!(
+            !text.contains(foreign),
+            "the page fetches from elsewhere: {foreign}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn capabilities_and_resources_tell_the_truth() {
+    let server = Server::start().await;
+    let client = server.client();
+    let capabilities = client.get("/capabilities").await.expect(200).json();
+    assert_eq!(capabilities["server"]["api_version"], "0.3.0");
+    assert_eq!(capabilities["host"]["os"], "linux");
+    let runtimes = capabilities["runtimes"].as_array().unwrap();
+    let names: Vec<&str> = runtimes
+        .iter()
+        .map(|runtime| runtime["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        ["cloud-hypervisor", "firecracker", "qemu", "qemu-microvm", "vz"]
+    );
+    for runtime in runtimes {
+        let ours = runtime["name"].as_str().unwrap().starts_with("qemu")
+            && hypeman_tests::have("qemu-system-x86_64");
+        assert_eq!(runtime["available"], ours, "{runtime}");
+    }
+    let features = capabilities["features"].as_array().unwrap();
+    for feature in ["instances", "images", "exec", "logs"] {
+        assert!(features.contains(&json!(feature)), "{feature}: {features:?}");
+    }
+    let resources = client.get("/resources").await.expect(200).json();
+    for resource in ["cpu", "memory", "disk"] {
+        assert!(
+            resources[resource]["capacity"].as_u64().unwrap() > 0,
+            "{resource}: {resources}"
+        );
+        assert!(resources[resource]["oversub_ratio"].is_number());
+    }
+    assert_eq!(resources["allocations"], json!([]));
+}
+
+#[tokio::test]
+async fn what_is_not_built_yet_is_absent() {
+    let server = Server::start().await;
+    for path in [
+        "/volumes",
+        "/builds",
+        "/builders",
+        "/pushes",
+        "/ingresses",
+        "/devices",
+        "/snapshots",
+        "/nonsense",
+    ] {
+        assert_eq!(server.client().get(path).await.status, 404, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_second_server_on_the_same_data_refuses_to_start() {
+    let mut server = Server::start().await;
+    let (started, said) = server.start_second();
+    assert!(!started);
+    let directory = server.data_directory().to_string_lossy().into_owned();
+    assert!(said.contains(&directory), "says which directory: {said}");
+    assert_eq!(server.client().get("/health").await.status, 200);
+    assert!(server.terminate(), "a server that is asked to end ends well");
+    server.start_again().await;
+}
