@@ -9,12 +9,15 @@
 //! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
 
 mod machine;
+mod probe;
 mod process;
 mod qemu;
+mod registry;
 mod spec;
 
 pub use machine::{
     Capabilities, ExitCause, ExitKind, Feature, Machine, MachineStats, RunState, Vmm, VmmError, VmmKind,
 };
-pub use process::ProcessIdentity;
+pub use process::{ProcessIdentity, boot_id};
+pub use registry::{VmmOptions, Vmms};
 pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, Nic};

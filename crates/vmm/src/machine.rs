@@ -24,6 +24,17 @@ pub enum VmmKind {
     Vz,
 }
 
+impl VmmKind {
+    /// All kinds, in the order of the contract.
+    pub const ALL: [Self; 5] = [
+        Self::CloudHypervisor,
+        Self::Firecracker,
+        Self::Qemu,
+        Self::QemuMicrovm,
+        Self::Vz,
+    ];
+}
+
 /// Optional abilities, named as in `GET /capabilities`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -245,6 +256,9 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
     /// No byte is lost or written twice.
     async fn reopen_workload_log(&self) -> Result<(), VmmError>;
+    async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
+        Ok(())
+    }
 
     /// Usage of the VMM process from `/proc`.
     fn stats(&self) -> Result<MachineStats, VmmError>;

@@ -45,7 +45,7 @@ impl ProcessIdentity {
 }
 
 /// The identity of this boot of the host; it cannot change while we run.
-fn boot_id() -> io::Result<&'static str> {
+pub fn boot_id() -> io::Result<&'static str> {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
     if let Some(known) = BOOT_ID.get() {
         return Ok(known);
@@ -98,14 +98,26 @@ pub(crate) fn processes_with_argument(
 ) -> io::Result<Vec<ProcessIdentity>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let Some(pid) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else {
+            continue;
+        };
         if command_line.len() > COMMAND_LINE_LIMIT
-            || !command_line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes())
+            || !command_line
+                .split(|byte| *byte == 0)
+                .any(|word| word == argument.as_bytes())
         {
             continue;
         }
-        let Ok(identity) = ProcessIdentity::read(pid) else { continue };
+        let Ok(identity) = ProcessIdentity::read(pid) else {
+            continue;
+        };
         if is_ours(Path::new(&identity.executable)) {
             found.push(identity);
         }
@@ -122,9 +134,27 @@ mod tests {
     fn this_process_is_itself_and_not_one_that_started_at_another_time() {
         let identity = ProcessIdentity::read(std::process::id()).unwrap();
         assert!(identity.is_alive());
-        assert!(!ProcessIdentity { start_ticks: identity.start_ticks + 1, ..identity.clone() }.is_alive());
-        assert!(!ProcessIdentity { boot_id: "another boot".into(), ..identity.clone() }.is_alive());
-        assert!(!ProcessIdentity { executable: "/bin/other".into(), ..identity }.is_alive());
+        assert!(
+            !ProcessIdentity {
+                start_ticks: identity.start_ticks + 1,
+                ..identity.clone()
+            }
+            .is_alive()
+        );
+        assert!(
+            !ProcessIdentity {
+                boot_id: "another boot".into(),
+                ..identity.clone()
+            }
+            .is_alive()
+        );
+        assert!(
+            !ProcessIdentity {
+                executable: "/bin/other".into(),
+                ..identity
+            }
+            .is_alive()
+        );
     }
 
     #[test]
@@ -135,12 +165,18 @@ mod tests {
 
     #[test]
     fn a_process_is_found_by_a_word_of_its_command_line() {
-        let mut child = std::process::Command::new("/bin/sleep").arg("600.25").spawn().unwrap();
+        let mut child = std::process::Command::new("/bin/sleep")
+            .arg("600.25")
+            .spawn()
+            .unwrap();
         let found = processes_with_argument(OsStr::new("600.25"), |_| true).unwrap();
         let refused = processes_with_argument(OsStr::new("600.25"), |path| path.ends_with("qemu")).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(found.iter().map(|identity| identity.pid).collect::<Vec<_>>(), [child.id()]);
+        assert_eq!(
+            found.iter().map(|identity| identity.pid).collect::<Vec<_>>(),
+            [child.id()]
+        );
         assert!(refused.is_empty());
     }
 }

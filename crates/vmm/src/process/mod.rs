@@ -13,7 +13,7 @@ mod identity;
 mod spawn;
 mod watch;
 
-pub use identity::ProcessIdentity;
+pub use identity::{ProcessIdentity, boot_id};
 pub(crate) use identity::{processes_with_argument, resident_and_cpu};
 pub(crate) use spawn::{Detached, spawn_detached};
 pub(crate) use watch::{Ended, ProcessHandle};

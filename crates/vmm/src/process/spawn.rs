@@ -39,7 +39,12 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
         // Everything that some library may have opened without close-on-exec ends here.
         // SAFETY: close_range with CLOSE_RANGE_CLOEXEC only sets flags on descriptors of this new process.
         let result = unsafe {
-            libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_uint)
+            libc::syscall(
+                libc::SYS_close_range,
+                3_u32,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC as libc::c_uint,
+            )
         };
         if result != 0 {
             let error = io::Error::last_os_error();

@@ -1,9 +1,12 @@
 //! The end of a process, learnt once by one task and known to everybody who asks.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
@@ -59,7 +62,8 @@ impl ProcessHandle {
     }
 
     fn watch(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Self> {
-        let watched = AsyncFd::with_interest(pidfd.try_clone()?, Interest::READABLE)?;
+        // SAFETY: the descriptor is owned, and owned by the `AsyncFd`, which gives it back to nobody.
+        let watched = unsafe { AsyncFd::register_with_interest(pidfd.try_clone()?, Interest::READABLE) }?;
         let (sender, ended) = watch::channel(None);
         tokio::spawn(async move {
             let outcome = match watched.readable().await {
@@ -68,7 +72,11 @@ impl ProcessHandle {
             };
             sender.send_replace(Some(outcome));
         });
-        Ok(Self { identity, pidfd, ended })
+        Ok(Self {
+            identity,
+            pidfd,
+            ended,
+        })
     }
 
     pub(crate) fn identity(&self) -> &ProcessIdentity {
@@ -108,7 +116,10 @@ fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 }
 
 fn reap(pidfd: &OwnedFd) -> Ended {
-    match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+    match waitid(
+        WaitId::PidFd(pidfd.as_fd()),
+        WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+    ) {
         Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
             (Some(code), _) => Ended::Code(code),
             (None, Some(signal)) => Ended::Signal(signal),
@@ -130,7 +141,13 @@ mod tests {
     fn shell(script: &str) -> u32 {
         let output = File::options().write(true).open("/dev/null").unwrap();
         let arguments = vec!["-c".into(), script.into()];
-        spawn_detached(Detached { program: Path::new("/bin/sh"), arguments, output, keep: &[] }).unwrap()
+        spawn_detached(Detached {
+            program: Path::new("/bin/sh"),
+            arguments,
+            output,
+            keep: &[],
+        })
+        .unwrap()
     }
 
     #[tokio::test]
@@ -161,7 +178,10 @@ mod tests {
             }
             tokio::task::yield_now().await;
         };
-        let stranger = ProcessIdentity { start_ticks: identity.start_ticks + 1, ..identity.clone() };
+        let stranger = ProcessIdentity {
+            start_ticks: identity.start_ticks + 1,
+            ..identity.clone()
+        };
         assert!(ProcessHandle::of_recorded(&stranger).unwrap().is_none());
         let taken = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
         taken.kill().unwrap();
@@ -177,7 +197,9 @@ mod tests {
         let output = File::create(&path).unwrap();
         let kept: OwnedFd = File::open("/dev/zero").unwrap().into();
         let number = std::os::fd::AsRawFd::as_raw_fd(&kept);
-        let script = format!("readlink /proc/self/fd/{number}; ls /proc/self/fd | wc -l; ps -o sid= -p $$; echo $$; pwd");
+        let script = format!(
+            "readlink /proc/self/fd/{number}; ls /proc/self/fd | wc -l; ps -o sid= -p $$; echo $$; pwd"
+        );
         let arguments = vec!["-c".into(), script.into()];
         let pid = spawn_detached(Detached {
             program: Path::new("/bin/sh"),

@@ -65,11 +65,17 @@ pub(crate) fn arguments(
     line.option("-display", "none");
     line.option("-msg", "timestamp=on");
     if host.sandbox {
-        line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        line.option(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        );
     }
     line.option("-pidfile", text(&spec.runtime_directory.join(PID_FILE))?);
 
-    line.option("-machine", format!("{},memory-backend=mem", board.machine(&host.q35_name)));
+    line.option(
+        "-machine",
+        format!("{},memory-backend=mem", board.machine(&host.q35_name)),
+    );
     match host.accelerator {
         Accelerator::Kvm => {
             line.option("-accel", "kvm");
@@ -80,7 +86,10 @@ pub(crate) fn arguments(
             line.option("-cpu", "max");
         }
     }
-    line.option("-smp", format!("cpus={cpus},sockets=1,cores={cpus},threads=1", cpus = spec.cpus));
+    line.option(
+        "-smp",
+        format!("cpus={cpus},sockets=1,cores={cpus},threads=1", cpus = spec.cpus),
+    );
     line.option("-m", format!("size={memory_mib}M"));
     line.json("-object", memory(spec, memory_mib)?);
 
@@ -91,19 +100,28 @@ pub(crate) fn arguments(
     line.option("-initrd", text(&spec.initramfs)?);
     line.option("-append", kernel_arguments(board, spec, host)?);
 
-    line.option("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", sockets.qmp));
+    line.option(
+        "-chardev",
+        format!("socket,id=qmp,fd={},server=on,wait=off", sockets.qmp),
+    );
     line.option("-mon", "chardev=qmp,mode=control");
     line.option("-chardev", file_chardev("console", &spec.vmm_log)?);
     line.option("-serial", "chardev:console");
 
-    line.option("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", sockets.agent));
+    line.option(
+        "-chardev",
+        format!("socket,id=agent,fd={},server=on,wait=off", sockets.agent),
+    );
     line.option("-chardev", file_chardev(LOG_CHARDEV, &spec.workload_log)?);
     line.json("-device", board.device("serial", "serial", Slot::Serial));
     line.json("-device", serial_port("agent-port", "agent", AGENT_PORT, 1));
     line.json("-device", serial_port("log-port", LOG_CHARDEV, LOG_PORT, 2));
 
     line.json("-object", json!({ "qom-type": "rng-builtin", "id": "entropy" }));
-    line.json("-device", with(board.device("rng", "rng", Slot::Random), "rng", json!("entropy")));
+    line.json(
+        "-device",
+        with(board.device("rng", "rng", Slot::Random), "rng", json!("entropy")),
+    );
     let balloon = board.device("balloon", "balloon", Slot::Balloon);
     let balloon = with(balloon, "deflate-on-oom", json!(true));
     line.json("-device", with(balloon, "free-page-reporting", json!(true)));
@@ -112,11 +130,18 @@ pub(crate) fn arguments(
     }
 
     if let Some(nic) = &spec.nic {
-        line.option("-netdev", format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", nic.tap));
+        line.option(
+            "-netdev",
+            format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", nic.tap),
+        );
         let device = with(board.device("net", "nic", Slot::Nic), "netdev", json!("net"));
         let device = with(device, "mac", json!(nic.mac));
         // No network boot, so no option ROM for it.
-        let device = if board == Board::Q35 { with(device, "romfile", json!("")) } else { device };
+        let device = if board == Board::Q35 {
+            with(device, "romfile", json!(""))
+        } else {
+            device
+        };
         line.json("-device", device);
     }
     for (index, disk) in spec.disks.iter().enumerate() {
@@ -219,11 +244,17 @@ fn file_chardev(id: &str, path: &Path) -> Result<String, VmmError> {
 fn kernel_arguments(board: Board, spec: &MachineSpec, host: &Host) -> Result<String, VmmError> {
     // A reboot ends the machine, so a panic ends it at once, its message on the console. `cryptomgr.notests`
     // spares a distribution's kernel its self-tests, a tenth of its boot.
-    let mut words: Vec<String> = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "cryptomgr.notests"]
-        .into_iter()
-        .chain(["net.ifnames=0"])
-        .map(str::to_owned)
-        .collect();
+    let mut words: Vec<String> = [
+        "console=ttyS0",
+        "quiet",
+        "panic=-1",
+        "reboot=t",
+        "cryptomgr.notests",
+    ]
+    .into_iter()
+    .chain(["net.ifnames=0"])
+    .map(str::to_owned)
+    .collect();
     if board == Board::Microvm {
         words.push("pci=off".to_owned());
     }
@@ -235,7 +266,9 @@ fn kernel_arguments(board: Board, spec: &MachineSpec, host: &Host) -> Result<Str
     }
     for word in &spec.kernel_arguments {
         if word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(invalid(format!("the kernel argument {word:?} is not one word of printable ASCII")));
+            return Err(invalid(format!(
+                "the kernel argument {word:?} is not one word of printable ASCII"
+            )));
         }
         words.push(word.clone());
     }
@@ -253,7 +286,9 @@ fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
     let is_name = |text: &str, limit: usize, also: &[u8]| {
         !text.is_empty()
             && text.len() <= limit
-            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || also.contains(&byte))
+            && text
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || also.contains(&byte))
     };
     if !is_name(&spec.id, 63, b"-") {
         return Err(invalid(format!("{:?} is no machine id", spec.id)));
@@ -261,7 +296,10 @@ fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
     if let Some(nic) = &spec.nic {
         // The kernel's limit for interface names is 15 bytes.
         if !is_name(&nic.tap, 15, b"-_.") {
-            return Err(invalid(format!("{:?} is no name of a network interface", nic.tap)));
+            return Err(invalid(format!(
+                "{:?} is no name of a network interface",
+                nic.tap
+            )));
         }
         let is_mac = nic.mac.len() == 17
             && nic.mac.bytes().enumerate().all(|(at, byte)| match at % 3 {
@@ -273,13 +311,23 @@ fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
         }
     }
     if spec.cpus == 0 || spec.cpus > 255 {
-        return Err(invalid(format!("{} virtual CPUs: the board takes 1 to 255", spec.cpus)));
+        return Err(invalid(format!(
+            "{} virtual CPUs: the board takes 1 to 255",
+            spec.cpus
+        )));
     }
     if spec.memory_bytes < 16 * MEBIBYTE {
-        return Err(invalid(format!("{} bytes of memory: no kernel starts in less than 16 MiB", spec.memory_bytes)));
+        return Err(invalid(format!(
+            "{} bytes of memory: no kernel starts in less than 16 MiB",
+            spec.memory_bytes
+        )));
     }
     if spec.disks.len() > board.max_disks() {
-        return Err(invalid(format!("{} disks: the board takes {}", spec.disks.len(), board.max_disks())));
+        return Err(invalid(format!(
+            "{} disks: the board takes {}",
+            spec.disks.len(),
+            board.max_disks()
+        )));
     }
     Ok(())
 }

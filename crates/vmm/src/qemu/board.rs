@@ -113,7 +113,11 @@ mod tests {
         for board in [Board::Q35, Board::Microvm] {
             let fixed = [Slot::Serial, Slot::Random, Slot::Balloon, Slot::Nic];
             let disks = (0..board.max_disks()).map(Slot::Disk);
-            let mut places: Vec<usize> = fixed.into_iter().chain(disks).map(|slot| board.place(slot)).collect();
+            let mut places: Vec<usize> = fixed
+                .into_iter()
+                .chain(disks)
+                .map(|slot| board.place(slot))
+                .collect();
             let count = places.len();
             places.sort_unstable();
             places.dedup();

@@ -1,2 +1,236 @@
-//! QEMU.
+//! QEMU: the q35 and microvm boards.
+//!
+//! ```text
+//! launch: bind sockets ─► spawn (sockets inherited) ─► connect ─► greeting ─► negotiated ─► Machine
+//!                              │ any failure: kill, reap, remove sockets, tell the end of the log
+//! adopt:  pidfd ─► identity equal? ─► Machine (connects when first asked)
+//! ```
+//!
+//! The listening sockets are made by us and inherited, so a connection waits in their queue from the first
+//! instant and nobody polls for a socket to appear.
+
+mod arguments;
+mod binary;
+mod board;
+mod console;
+mod machine;
 mod qmp;
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use self::arguments::{AGENT_SOCKET, PID_FILE, QMP_SOCKET, Sockets};
+pub(crate) use self::binary::QemuHost;
+pub(crate) use self::board::Board;
+use self::console::Console;
+use self::machine::QemuMachine;
+use crate::process::{Detached, ProcessHandle, processes_with_argument, spawn_detached};
+use crate::{Capabilities, Feature, Machine, MachineSpec, ProcessIdentity, Vmm, VmmError, VmmKind};
+
+/// How long a starting QEMU may take until it answers. It takes 30 ms on an idle machine.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// One board of QEMU on this host.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    board: Board,
+    host: Arc<QemuHost>,
+}
+
+impl Qemu {
+    pub(crate) fn new(board: Board, host: Arc<QemuHost>) -> Self {
+        Self { board, host }
+    }
+
+    async fn start(&self, spec: &MachineSpec) -> Result<QemuMachine, VmmError> {
+        let facts = self.host.facts(self.board).await?;
+        let qmp_path = spec.runtime_directory.join(QMP_SOCKET);
+        let agent_path = spec.runtime_directory.join(AGENT_SOCKET);
+        let sockets = OwnedSockets(vec![qmp_path.clone(), agent_path.clone()]);
+        let keep = [listen(&qmp_path)?, listen(&agent_path)?];
+        let numbers = Sockets {
+            qmp: keep[0].as_raw_fd(),
+            agent: keep[1].as_raw_fd(),
+        };
+        let arguments = arguments::arguments(self.board, spec, &facts.arguments, numbers)?;
+        // Made by us so that they have our mode; QEMU would let everybody read what a workload prints.
+        append_only(&spec.workload_log)?;
+        let console = Console::new(spec.vmm_log.clone());
+        let mut output = append_only(&spec.vmm_log)?;
+        let log_start = output
+            .seek(SeekFrom::End(0))
+            .map_err(io_error("cannot read", &spec.vmm_log))?;
+        writeln!(output, "{}{}", console::START_MARK, spec.id)
+            .map_err(io_error("cannot write", &spec.vmm_log))?;
+
+        let program = facts.program.clone();
+        let spawned = tokio::task::spawn_blocking(move || {
+            spawn_detached(Detached {
+                program: &program,
+                arguments,
+                output,
+                keep: &keep,
+            })
+        })
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let pid = spawned.map_err(io_error("cannot start", &facts.program))?;
+        let failed = || VmmError::StartFailed(console.tail_since(log_start));
+        let process = match ProcessHandle::of_child(pid) {
+            Ok(process) => Arc::new(process),
+            Err(error) => {
+                tracing::debug!(%error, "QEMU ended before it could be looked at");
+                return Err(failed());
+            }
+        };
+        let mut guard = KillOnDrop(Some(Arc::clone(&process)));
+        let machine = QemuMachine::new(Arc::clone(&process), qmp_path, agent_path, console.clone(), spec);
+        tokio::select! {
+            biased;
+            outcome = machine.connect(START_DEADLINE) => match outcome {
+                Ok(()) => {}
+                // The connection ends a moment before the process does.
+                Err(VmmError::Gone) => return Err(failed()),
+                Err(error) => {
+                    process.kill().map_err(io_error("cannot kill", &facts.program))?;
+                    process.ended().await;
+                    return Err(error);
+                }
+            },
+            _ = process.ended() => return Err(failed()),
+        }
+        guard.0 = None;
+        std::mem::forget(sockets);
+        Ok(machine)
+    }
+}
+
+#[async_trait]
+impl Vmm for Qemu {
+    fn kind(&self) -> VmmKind {
+        self.board.kind()
+    }
+
+    async fn capabilities(&self) -> Capabilities {
+        match self.host.facts(self.board).await {
+            Ok(facts) => Capabilities::Available {
+                version: facts.version.clone(),
+                accelerator: facts.arguments.accelerator,
+                features: vec![Feature::Pause, Feature::DiskIoLimit],
+            },
+            Err(error) => Capabilities::Unavailable {
+                reason: error.to_string(),
+            },
+        }
+    }
+
+    fn max_disks(&self) -> usize {
+        self.board.max_disks()
+    }
+
+    async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError> {
+        Ok(Box::new(self.start(spec).await?))
+    }
+
+    async fn adopt(
+        &self,
+        spec: &MachineSpec,
+        process: &ProcessIdentity,
+    ) -> Result<Box<dyn Machine>, VmmError> {
+        let handle = ProcessHandle::of_recorded(process)
+            .map_err(|source| VmmError::Io {
+                context: format!("cannot look at process {}", process.pid),
+                source,
+            })?
+            .ok_or(VmmError::Gone)?;
+        let machine = QemuMachine::new(
+            Arc::new(handle),
+            spec.runtime_directory.join(QMP_SOCKET),
+            spec.runtime_directory.join(AGENT_SOCKET),
+            Console::new(spec.vmm_log.clone()),
+            spec,
+        );
+        // Connected early to hear events. A VMM that hangs is adopted all the same: it can still be killed.
+        if let Err(error) = machine.connect(Duration::from_secs(1)).await {
+            tracing::warn!(machine = spec.id, %error, "an adopted VMM does not answer yet");
+        }
+        Ok(Box::new(machine))
+    }
+
+    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
+        let pid_file = runtime_directory.join(PID_FILE);
+        processes_with_argument(pid_file.as_os_str(), |executable| {
+            executable
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("qemu"))
+        })
+        .map_err(io_error("cannot scan", Path::new("/proc")))
+    }
+}
+
+/// Removes sockets of a start that failed.
+struct OwnedSockets(Vec<PathBuf>);
+
+impl Drop for OwnedSockets {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = fs::remove_file(path);
+            let _ = fs::remove_file(path.with_file_name(PID_FILE));
+        }
+    }
+}
+
+/// Kills a process whose start was cancelled or failed; its watching task reaps it.
+struct KillOnDrop(Option<Arc<ProcessHandle>>);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(process) = &self.0 {
+            let _ = process.kill();
+        }
+    }
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, VmmError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(io_error("cannot remove", path)(error));
+        }
+        _ => {}
+    }
+    UnixListener::bind(path)
+        .map(OwnedFd::from)
+        .map_err(io_error("cannot listen on", path))
+}
+
+fn append_only(path: &Path) -> Result<File, VmmError> {
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)
+            .map_err(io_error("cannot make", parent))?;
+    }
+    File::options()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(io_error("cannot open", path))
+}
+
+fn io_error(context: &str, path: &Path) -> impl FnOnce(std::io::Error) -> VmmError {
+    let context = format!("{context} {}", path.display());
+    move |source| VmmError::Io { context, source }
+}
+
+#[cfg(test)]
+mod tests;

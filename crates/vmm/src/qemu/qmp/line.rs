@@ -20,7 +20,10 @@ pub(super) async fn read<R: AsyncBufRead + Unpin>(reader: &mut R) -> io::Result<
             None => (available.len(), false),
         };
         if line.len() + taken > LIMIT {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer sent a line without end"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the peer sent a line without end",
+            ));
         }
         line.extend_from_slice(&available[..taken]);
         reader.consume(taken);

@@ -24,7 +24,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 
 /// Commands that may wait to be written; a VMM that reads nothing fills this and no more.
@@ -69,12 +69,16 @@ pub(crate) struct QmpClient {
     outgoing: mpsc::Sender<Vec<u8>>,
     pending: Arc<Mutex<Pending>>,
     next_id: AtomicU64,
+    drained: watch::Receiver<()>,
     tasks: [AbortHandle; 2],
 }
 
 impl std::fmt::Debug for QmpClient {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("QmpClient").field("closed", &lock(&self.pending).closed).finish_non_exhaustive()
+        formatter
+            .debug_struct("QmpClient")
+            .field("closed", &lock(&self.pending).closed)
+            .finish_non_exhaustive()
     }
 }
 
@@ -88,12 +92,18 @@ impl Drop for QmpClient {
 
 impl QmpClient {
     /// Connects to the socket and negotiates. `deadline` bounds all of it.
-    pub(crate) async fn connect(path: &Path, deadline: Duration, events: EventSink) -> Result<Self, QmpError> {
+    pub(crate) async fn connect(
+        path: &Path,
+        deadline: Duration,
+        events: EventSink,
+    ) -> Result<Self, QmpError> {
         let work = async {
             let stream = UnixStream::connect(path).await.map_err(QmpError::Connect)?;
             Self::negotiate(stream, events).await
         };
-        tokio::time::timeout(deadline, work).await.unwrap_or(Err(QmpError::Timeout))
+        tokio::time::timeout(deadline, work)
+            .await
+            .unwrap_or(Err(QmpError::Timeout))
     }
 
     async fn negotiate<S>(stream: S, events: EventSink) -> Result<Self, QmpError>
@@ -102,9 +112,14 @@ impl QmpClient {
     {
         let (read, mut write) = tokio::io::split(stream);
         let mut reader = BufReader::new(read);
-        let greeting = line::read(&mut reader).await.map_err(|error| QmpError::Closed(error.to_string()))?;
-        if !matches!(serde_json::from_slice::<Value>(&greeting), Ok(Value::Object(map)) if map.contains_key("QMP")) {
-            return Err(QmpError::Closed("the peer does not speak the machine protocol".into()));
+        let greeting = line::read(&mut reader)
+            .await
+            .map_err(|error| QmpError::Closed(error.to_string()))?;
+        if !matches!(serde_json::from_slice::<Value>(&greeting), Ok(Value::Object(map)) if map.contains_key("QMP"))
+        {
+            return Err(QmpError::Closed(
+                "the peer does not speak the machine protocol".into(),
+            ));
         }
         let pending = Arc::new(Mutex::new(Pending::default()));
         let (outgoing, mut queue) = mpsc::channel::<Vec<u8>>(OUTGOING_LIMIT);
@@ -120,7 +135,9 @@ impl QmpClient {
         });
         let read_pending = Arc::clone(&pending);
         let stop_writing = writer.abort_handle();
+        let (reading, drained) = watch::channel(());
         let reader = tokio::spawn(async move {
+            let _reading = reading;
             let reason = loop {
                 match line::read(&mut reader).await {
                     Ok(bytes) => dispatch(&bytes, &read_pending, &events),
@@ -135,6 +152,7 @@ impl QmpClient {
             outgoing,
             pending,
             next_id: AtomicU64::new(1),
+            drained,
             tasks: [writer.abort_handle(), reader.abort_handle()],
         };
         client.ask("qmp_capabilities", Value::Null).await?;
@@ -146,6 +164,12 @@ impl QmpClient {
         lock(&self.pending).closed.is_some()
     }
 
+    /// Resolves when everything that the peer ever sent has been taken in and its end is seen.
+    pub(crate) async fn drained(&self) {
+        let mut drained = self.drained.clone();
+        while drained.changed().await.is_ok() {}
+    }
+
     /// Sends one command and waits for its answer, at most `deadline`.
     pub(crate) async fn execute(
         &self,
@@ -153,7 +177,9 @@ impl QmpClient {
         arguments: Value,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
-        tokio::time::timeout(deadline, self.ask(command, arguments)).await.unwrap_or(Err(QmpError::Timeout))
+        tokio::time::timeout(deadline, self.ask(command, arguments))
+            .await
+            .unwrap_or(Err(QmpError::Timeout))
     }
 
     async fn ask(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
@@ -174,7 +200,10 @@ impl QmpClient {
             }
             pending.answers.insert(id, sender);
         }
-        let forget = Forget { pending: &self.pending, id };
+        let forget = Forget {
+            pending: &self.pending,
+            id,
+        };
         slot.send(bytes);
         let answer = receiver.await;
         drop(forget);
@@ -186,7 +215,12 @@ impl QmpClient {
     }
 
     fn closed_error(&self) -> QmpError {
-        QmpError::Closed(lock(&self.pending).closed.clone().unwrap_or_else(|| "the client was closed".into()))
+        QmpError::Closed(
+            lock(&self.pending)
+                .closed
+                .clone()
+                .unwrap_or_else(|| "the client was closed".into()),
+        )
     }
 }
 
@@ -232,8 +266,12 @@ fn dispatch(bytes: &[u8], pending: &Mutex<Pending>, events: &EventSink) {
         events(event);
         return;
     }
-    let Ok(incoming) = serde_json::from_slice::<Incoming>(bytes) else { return };
-    let Some(sender) = incoming.id.and_then(|id| lock(pending).answers.remove(&id)) else { return };
+    let Ok(incoming) = serde_json::from_slice::<Incoming>(bytes) else {
+        return;
+    };
+    let Some(sender) = incoming.id.and_then(|id| lock(pending).answers.remove(&id)) else {
+        return;
+    };
     let answer = match (incoming.error, incoming.value) {
         (Some(error), _) => Err(error.desc),
         (None, Some(value)) => Ok(value),

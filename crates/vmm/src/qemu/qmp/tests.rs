@@ -24,7 +24,8 @@ impl Peer {
 
     /// The part of a well-behaved start.
     async fn greet(&mut self) {
-        self.send("{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n").await;
+        self.send("{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n")
+            .await;
         let question = self.question().await;
         assert_eq!(question["execute"], "qmp_capabilities");
         self.answer(&question, json!({})).await;
@@ -39,7 +40,13 @@ impl Peer {
 fn pair() -> (DuplexStream, Peer) {
     let (ours, theirs) = tokio::io::duplex(4096);
     let (read, writer) = tokio::io::split(theirs);
-    (ours, Peer { reader: BufReader::new(read).lines(), writer })
+    (
+        ours,
+        Peer {
+            reader: BufReader::new(read).lines(),
+            writer,
+        },
+    )
 }
 
 fn no_events() -> EventSink {
@@ -74,7 +81,8 @@ async fn a_refusal_carries_the_words_of_the_vmm() {
     let (client, mut peer) = connected(no_events()).await;
     let peer_part = async {
         let question = peer.question().await;
-        let line = json!({ "error": { "class": "GenericError", "desc": "no such thing" }, "id": question["id"] });
+        let line =
+            json!({ "error": { "class": "GenericError", "desc": "no such thing" }, "id": question["id"] });
         peer.send(&format!("{line}\n")).await;
     };
     let (answer, ()) = tokio::join!(client.execute("cont", Value::Null, SOON), peer_part);
@@ -84,9 +92,14 @@ async fn a_refusal_carries_the_words_of_the_vmm() {
 #[tokio::test]
 async fn a_peer_that_hangs_costs_one_caller_its_deadline_and_the_connection_goes_on() {
     let (client, mut peer) = connected(no_events()).await;
-    let answer = client.execute("stop", Value::Null, Duration::from_millis(20)).await;
+    let answer = client
+        .execute("stop", Value::Null, Duration::from_millis(20))
+        .await;
     assert!(matches!(answer, Err(QmpError::Timeout)));
-    assert!(lock(&client.pending).answers.is_empty(), "nobody waits for the late answer");
+    assert!(
+        lock(&client.pending).answers.is_empty(),
+        "nobody waits for the late answer"
+    );
     let peer_part = async {
         let late = peer.question().await;
         peer.answer(&late, json!("late")).await;
@@ -101,13 +114,22 @@ async fn a_peer_that_hangs_costs_one_caller_its_deadline_and_the_connection_goes
 async fn a_peer_that_reads_nothing_fills_a_bounded_queue_and_every_caller_gets_away() {
     let (client, _peer) = connected(no_events()).await;
     let padding = "x".repeat(64 * 1024);
-    let callers = (0..OUTGOING_LIMIT + 20)
-        .map(|_| client.execute("stop", json!({ "padding": padding.clone() }), Duration::from_millis(50)));
+    let callers = (0..OUTGOING_LIMIT + 20).map(|_| {
+        client.execute(
+            "stop",
+            json!({ "padding": padding.clone() }),
+            Duration::from_millis(50),
+        )
+    });
     let mut outcomes = Vec::new();
     for caller in callers.map(Box::pin).collect::<Vec<_>>() {
         outcomes.push(caller.await);
     }
-    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(QmpError::Timeout))));
+    assert!(
+        outcomes
+            .iter()
+            .all(|outcome| matches!(outcome, Err(QmpError::Timeout)))
+    );
     assert!(lock(&client.pending).answers.is_empty());
 }
 
@@ -116,7 +138,10 @@ async fn half_lines_and_lines_in_one_piece_are_put_together() {
     let (client, mut peer) = connected(no_events()).await;
     let peer_part = async {
         let question = peer.question().await;
-        let text = format!("{{\"event\":\"STOP\"}}\r\n{{\"return\": {{\"a\": 1}}, \"id\": {}}}\r\n", question["id"]);
+        let text = format!(
+            "{{\"event\":\"STOP\"}}\r\n{{\"return\": {{\"a\": 1}}, \"id\": {}}}\r\n",
+            question["id"]
+        );
         for piece in text.as_bytes().chunks(3) {
             peer.writer.write_all(piece).await.unwrap();
             tokio::task::yield_now().await;
@@ -134,14 +159,23 @@ async fn events_arrive_in_order_and_a_flood_does_not_drown_an_answer() {
     let peer_part = async {
         let question = peer.question().await;
         for number in 0..5000 {
-            peer.send(&format!("{{\"event\": \"TICK\", \"data\": {{\"n\": {number}}}, \"timestamp\": {{}}}}\n")).await;
+            peer.send(&format!(
+                "{{\"event\": \"TICK\", \"data\": {{\"n\": {number}}}, \"timestamp\": {{}}}}\n"
+            ))
+            .await;
         }
-        peer.send("not JSON at all\n{\"return\": {}, \"id\": 99999}\n{\"id\": \"text\"}\n[]\n").await;
+        peer.send("not JSON at all\n{\"return\": {}, \"id\": 99999}\n{\"id\": \"text\"}\n[]\n")
+            .await;
         peer.answer(&question, json!("after the flood")).await;
     };
     let (answer, ()) = tokio::join!(client.execute("query", Value::Null, SOON), peer_part);
     assert_eq!(answer.unwrap(), "after the flood");
-    let numbers: Vec<u64> = seen.lock().unwrap().iter().map(|event| event.data["n"].as_u64().unwrap()).collect();
+    let numbers: Vec<u64> = seen
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|event| event.data["n"].as_u64().unwrap())
+        .collect();
     assert_eq!(numbers, (0..5000).collect::<Vec<_>>());
 }
 
@@ -170,7 +204,10 @@ async fn the_end_of_the_peer_answers_all_who_wait() {
     };
     let (answer, ()) = tokio::join!(client.execute("quit", Value::Null, SOON), peer_part);
     assert!(matches!(answer, Err(QmpError::Closed(_))));
-    assert!(matches!(client.execute("query", Value::Null, SOON).await, Err(QmpError::Closed(_))));
+    assert!(matches!(
+        client.execute("query", Value::Null, SOON).await,
+        Err(QmpError::Closed(_))
+    ));
 }
 
 #[tokio::test]
@@ -190,7 +227,11 @@ async fn a_silent_socket_is_given_up_after_the_deadline() {
     let outcome = QmpClient::connect(&path, Duration::from_millis(20), no_events()).await;
     assert!(matches!(outcome, Err(QmpError::Timeout)));
     let (mut stream, _) = listener.accept().await.unwrap();
-    assert_eq!(stream.read(&mut [0; 16]).await.unwrap(), 0, "the client went away");
+    assert_eq!(
+        stream.read(&mut [0; 16]).await.unwrap(),
+        0,
+        "the client went away"
+    );
     let missing = QmpClient::connect(&directory.path().join("none"), SOON, no_events()).await;
     assert!(matches!(missing, Err(QmpError::Connect(_))));
 }

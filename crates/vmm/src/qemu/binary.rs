@@ -1,0 +1,308 @@
+//! The QEMU of this host: where it is, what it is, what accelerates it.
+//!
+//! Invariant: answers belong to one binary (path, size, time of change). When the file changes, everything is
+//! asked anew; otherwise an answer costs one `stat`.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+use tokio::sync::Mutex;
+
+use super::arguments::Host;
+use super::board::Board;
+use crate::probe::{TscFrequency, kvm_runs_a_guest};
+use crate::{Accelerator, VmmError};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// The oldest QEMU whose command line and protocol this driver speaks.
+const OLDEST: (u32, u32) = (7, 0);
+const QUERY_DEADLINE: Duration = Duration::from_secs(30);
+const FIRMWARE: [&str; 3] = [
+    "/usr/share/qemu/qboot.rom",
+    "/usr/share/qboot/qboot.rom",
+    "/usr/local/share/qemu/qboot.rom",
+];
+
+/// All that a launch needs to know of the host.
+#[derive(Debug, Clone)]
+pub(crate) struct Facts {
+    pub(crate) program: PathBuf,
+    pub(crate) version: String,
+    pub(crate) arguments: Host,
+    /// Why KVM is not used, where it is not.
+    pub(crate) without_kvm: Option<String>,
+    has_microvm: bool,
+}
+
+/// Finds and remembers the host's QEMU.
+#[derive(Debug)]
+pub(crate) struct QemuHost {
+    configured: Option<PathBuf>,
+    search_path: Vec<PathBuf>,
+    accelerator: Option<Accelerator>,
+    cache: Option<PathBuf>,
+    tsc: TscFrequency,
+    known: Mutex<Option<(Stamp, Arc<Facts>)>>,
+}
+
+/// What tells one binary from another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    path: PathBuf,
+    size: u64,
+    changed: (i64, i64),
+    boot_id: String,
+}
+
+/// A judgement on KVM, kept over a restart of the server.
+#[derive(Serialize, Deserialize)]
+struct Judgement {
+    stamp: Stamp,
+    refusal: Option<String>,
+}
+
+impl QemuHost {
+    pub(crate) fn new(
+        configured: Option<PathBuf>,
+        search_path: Vec<PathBuf>,
+        accelerator: Option<Accelerator>,
+        cache_directory: Option<PathBuf>,
+    ) -> Self {
+        let cache = cache_directory.map(|directory| directory.join("kvm-probe.json"));
+        let tsc = TscFrequency::start();
+        Self {
+            configured,
+            search_path,
+            accelerator,
+            cache,
+            tsc,
+            known: Mutex::new(None),
+        }
+    }
+
+    /// What is known of the host for this board, asked anew when the binary has changed.
+    pub(crate) async fn facts(&self, board: Board) -> Result<Arc<Facts>, VmmError> {
+        let program = self.program()?;
+        let stamp = Stamp::of(&program)?;
+        let mut known = self.known.lock().await;
+        let facts = match known.as_ref() {
+            Some((remembered, facts)) if *remembered == stamp => Arc::clone(facts),
+            _ => {
+                let facts = Arc::new(self.ask(program, &stamp).await?);
+                *known = Some((stamp, Arc::clone(&facts)));
+                facts
+            }
+        };
+        drop(known);
+        if board == Board::Microvm && !facts.has_microvm {
+            return Err(VmmError::Unavailable(format!(
+                "{} {} has no microvm board",
+                facts.program.display(),
+                facts.version
+            )));
+        }
+        Ok(facts)
+    }
+
+    fn program(&self) -> Result<PathBuf, VmmError> {
+        if let Some(configured) = &self.configured {
+            return match configured.is_file() {
+                true => Ok(configured.clone()),
+                false => Err(VmmError::Unavailable(format!(
+                    "{} is configured as QEMU and does not exist",
+                    configured.display()
+                ))),
+            };
+        }
+        self.search_path.iter().map(|directory| directory.join(PROGRAM)).find(|path| path.is_file()).ok_or_else(
+            || {
+                VmmError::Unavailable(format!(
+                    "{PROGRAM} is not installed: install the package qemu-system-x86 or name the binary in the \
+                     configuration"
+                ))
+            },
+        )
+    }
+
+    async fn ask(&self, program: PathBuf, stamp: &Stamp) -> Result<Facts, VmmError> {
+        let (banner, machines, sandbox) = tokio::join!(
+            output(&program, &["--version"]),
+            output(&program, &["-machine", "help"]),
+            output(&program, &["-sandbox", "help"]),
+        );
+        let banner = banner?;
+        let version = parse_version(&banner).ok_or_else(|| {
+            VmmError::Unavailable(format!(
+                "{} does not say which version of QEMU it is",
+                program.display()
+            ))
+        })?;
+        let numbers = version_numbers(&version);
+        if numbers < OLDEST {
+            return Err(VmmError::Unavailable(format!(
+                "QEMU {version} is too old: {}.{} or newer is needed",
+                OLDEST.0, OLDEST.1
+            )));
+        }
+        let machines = machines?;
+        let q35_name = q35_name(&machines).unwrap_or_else(|| "q35".to_owned());
+        let has_microvm = machines.lines().any(|line| line.starts_with("microvm "));
+        let (accelerator, without_kvm) = match self.accelerator {
+            Some(chosen) => (chosen, None),
+            None => match self.judge(&program, stamp).await {
+                None => (Accelerator::Kvm, None),
+                Some(reason) => (Accelerator::Tcg, Some(reason)),
+            },
+        };
+        let tsc_khz = match accelerator {
+            // Under translation the guest reads the host's counter; under KVM it has a clock of its own.
+            Accelerator::Tcg => self.tsc.khz().await,
+            Accelerator::Kvm => None,
+        };
+        if let Some(reason) = &without_kvm {
+            tracing::info!(reason, "KVM is not used: guests are translated");
+        }
+        let firmware = FIRMWARE.iter().map(PathBuf::from).find(|path| path.is_file());
+        let sandbox = sandbox.is_ok();
+        let arguments = Host {
+            accelerator,
+            q35_name,
+            firmware,
+            tsc_khz,
+            sandbox,
+        };
+        Ok(Facts {
+            program,
+            version,
+            arguments,
+            without_kvm,
+            has_microvm,
+        })
+    }
+
+    /// Why KVM cannot be used, from the record of this boot or from an experiment.
+    async fn judge(&self, program: &Path, stamp: &Stamp) -> Option<String> {
+        if let Some(judgement) = self.recorded().filter(|judgement| judgement.stamp == *stamp) {
+            return judgement.refusal;
+        }
+        let refusal = kvm_runs_a_guest(program).await.err();
+        self.record(&Judgement {
+            stamp: stamp.clone(),
+            refusal: refusal.clone(),
+        });
+        refusal
+    }
+
+    fn recorded(&self) -> Option<Judgement> {
+        let bytes = std::fs::read(self.cache.as_ref()?).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// The record only saves time, so a failure to write it is none of the caller's business.
+    fn record(&self, judgement: &Judgement) {
+        let Some(path) = &self.cache else { return };
+        let write = || -> std::io::Result<()> {
+            let temporary = path.with_extension("new");
+            std::fs::write(&temporary, serde_json::to_vec(judgement)?)?;
+            std::fs::rename(&temporary, path)
+        };
+        if let Err(error) = write() {
+            tracing::debug!(%error, path = %path.display(), "the judgement on KVM is not kept");
+        }
+    }
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Result<Self, VmmError> {
+        let context = || format!("cannot look at {}", path.display());
+        let metadata = std::fs::metadata(path).map_err(|source| VmmError::Io {
+            context: context(),
+            source,
+        })?;
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        Ok(Self {
+            path: path.to_owned(),
+            size: metadata.len(),
+            changed: (metadata.mtime(), metadata.mtime_nsec()),
+            boot_id: boot_id.trim().to_owned(),
+        })
+    }
+}
+
+async fn output(program: &Path, arguments: &[&str]) -> Result<String, VmmError> {
+    let run = Command::new(program)
+        .args(arguments)
+        .env_clear()
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let unusable =
+        |reason: String| VmmError::Unavailable(format!("{} cannot be used: {reason}", program.display()));
+    match tokio::time::timeout(QUERY_DEADLINE, run).await {
+        Ok(Ok(output)) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Ok(Ok(output)) => Err(unusable(format!("{}", output.status))),
+        Ok(Err(error)) => Err(unusable(error.to_string())),
+        Err(_) => Err(unusable("it does not answer".to_owned())),
+    }
+}
+
+/// `7.2.22` of `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
+fn parse_version(banner: &str) -> Option<String> {
+    let rest = banner.split_once("version ")?.1;
+    let version: String = rest
+        .chars()
+        .take_while(|letter| letter.is_ascii_digit() || *letter == '.')
+        .collect();
+    version.contains('.').then_some(version)
+}
+
+fn version_numbers(version: &str) -> (u32, u32) {
+    let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// What `q35` stands for in this QEMU.
+fn q35_name(machines: &str) -> Option<String> {
+    let line = machines.lines().find(|line| line.starts_with("q35 "))?;
+    let name = line.split_once("(alias of ")?.1.split(')').next()?;
+    Some(name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_and_names_are_read_as_qemu_writes_them() {
+        let banner = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright";
+        assert_eq!(parse_version(banner).as_deref(), Some("7.2.22"));
+        assert_eq!(version_numbers("10.0.2"), (10, 0));
+        assert!(version_numbers("6.2.0") < OLDEST);
+        let machines = "Supported machines are:\n\
+            pc                   Standard PC (i440FX + PIIX, 1996) (alias of pc-i440fx-7.2)\n\
+            q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)\n";
+        assert_eq!(q35_name(machines).as_deref(), Some("pc-q35-7.2"));
+        assert_eq!(q35_name("none\n"), None);
+        assert_eq!(parse_version("something else"), None);
+    }
+
+    #[tokio::test]
+    async fn a_missing_binary_says_what_to_install() {
+        let host = QemuHost::new(None, vec!["/nonexistent".into()], None, None);
+        let error = host.facts(Board::Q35).await.unwrap_err().to_string();
+        assert!(error.contains("qemu-system-x86"), "{error}");
+        let host = QemuHost::new(Some("/nonexistent/qemu".into()), Vec::new(), None, None);
+        assert!(
+            host.facts(Board::Q35)
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("/nonexistent/qemu")
+        );
+    }
+}

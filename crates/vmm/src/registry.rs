@@ -1,0 +1,150 @@
+//! All five kinds of the contract, and what each can do here.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::qemu::{Board, Qemu, QemuHost};
+use crate::{Accelerator, Capabilities, Vmm, VmmKind};
+
+/// Where to look and what to prefer. [`Default`] looks in `$PATH` and lets an experiment choose.
+#[derive(Debug, Clone, Default)]
+pub struct VmmOptions {
+    /// The QEMU binary, instead of a search.
+    pub qemu_binary: Option<PathBuf>,
+    /// The accelerator, instead of the experiment's choice.
+    pub accelerator: Option<Accelerator>,
+    /// Directories to search for binaries; empty: those of `$PATH` and the system's own.
+    pub search_path: Vec<PathBuf>,
+    /// Directory that keeps the result of slow experiments over restarts.
+    pub cache_directory: Option<PathBuf>,
+}
+
+/// The VMMs of this host.
+#[derive(Debug, Clone)]
+pub struct Vmms {
+    drivers: BTreeMap<VmmKind, Arc<dyn Vmm>>,
+    qemu: Arc<QemuHost>,
+    search_path: Vec<PathBuf>,
+}
+
+impl Vmms {
+    /// Sets up the drivers. Does not start anything: probing happens when first asked.
+    pub fn detect(options: VmmOptions) -> Self {
+        let mut search_path = options.search_path;
+        if search_path.is_empty() {
+            search_path = std::env::var_os("PATH")
+                .iter()
+                .flat_map(std::env::split_paths)
+                .collect();
+            search_path.extend(["/usr/local/bin", "/usr/bin", "/usr/libexec"].map(PathBuf::from));
+        }
+        let host = Arc::new(QemuHost::new(
+            options.qemu_binary,
+            search_path.clone(),
+            options.accelerator,
+            options.cache_directory,
+        ));
+        let drivers = [Board::Q35, Board::Microvm]
+            .into_iter()
+            .map(|board| {
+                (
+                    board.kind(),
+                    Arc::new(Qemu::new(board, Arc::clone(&host))) as Arc<dyn Vmm>,
+                )
+            })
+            .collect();
+        Self {
+            drivers,
+            qemu: host,
+            search_path,
+        }
+    }
+
+    /// The driver of a kind, also when its VMM is not available at the moment. `None`: there is no driver.
+    pub fn get(&self, kind: VmmKind) -> Option<Arc<dyn Vmm>> {
+        self.drivers.get(&kind).map(Arc::clone)
+    }
+
+    /// All kinds with what they can do now, in the order of the contract.
+    pub async fn list(&self) -> Vec<(VmmKind, Capabilities)> {
+        let mut list = Vec::with_capacity(VmmKind::ALL.len());
+        for kind in VmmKind::ALL {
+            let capabilities = match self.drivers.get(&kind) {
+                Some(driver) => driver.capabilities().await,
+                None => Capabilities::Unavailable {
+                    reason: self.reason(kind),
+                },
+            };
+            list.push((kind, capabilities));
+        }
+        list
+    }
+
+    /// Why QEMU runs without KVM here, in words for an operator. `None`: KVM is used, or the accelerator was
+    /// chosen by the configuration, or there is no QEMU (see [`Vmms::list`]).
+    pub async fn reason_against_kvm(&self) -> Option<String> {
+        self.qemu.facts(Board::Q35).await.ok()?.without_kvm.clone()
+    }
+
+    fn reason(&self, kind: VmmKind) -> String {
+        let not_driven = |name: &str, program: &str| {
+            let found = self
+                .search_path
+                .iter()
+                .map(|directory| directory.join(program))
+                .find(|path| path.is_file());
+            match found {
+                Some(path) => format!(
+                    "{name} is at {}, but this version does not drive it yet",
+                    path.display()
+                ),
+                None => format!("{name} is not installed, and this version does not drive it yet"),
+            }
+        };
+        match kind {
+            VmmKind::CloudHypervisor => not_driven("Cloud Hypervisor", "cloud-hypervisor"),
+            VmmKind::Firecracker => not_driven("Firecracker", "firecracker"),
+            VmmKind::Vz if cfg!(target_os = "macos") => {
+                "Apple's Virtualization framework is not driven by this version yet".to_owned()
+            }
+            VmmKind::Vz => "Apple's Virtualization framework exists on macOS only".to_owned(),
+            VmmKind::Qemu | VmmKind::QemuMicrovm => "there is no driver for it".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn all_kinds_are_listed_with_a_reason_where_they_cannot_run() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("firecracker"), "").unwrap();
+        let search_path = vec![directory.path().to_owned()];
+        let vmms = Vmms::detect(VmmOptions {
+            search_path,
+            ..VmmOptions::default()
+        });
+        let list = vmms.list().await;
+        assert_eq!(
+            list.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(),
+            VmmKind::ALL
+        );
+        let reason = |wanted| {
+            list.iter()
+                .find_map(|(kind, capabilities)| match capabilities {
+                    Capabilities::Unavailable { reason } if *kind == wanted => Some(reason.as_str()),
+                    _ => None,
+                })
+                .unwrap()
+        };
+        assert!(reason(VmmKind::Qemu).contains("install the package"));
+        assert!(reason(VmmKind::QemuMicrovm).contains("install the package"));
+        assert!(reason(VmmKind::Firecracker).contains("does not drive it yet"));
+        assert!(reason(VmmKind::CloudHypervisor).contains("not installed"));
+        assert!(reason(VmmKind::Vz).contains("macOS"));
+        assert!(vmms.get(VmmKind::Qemu).is_some() && vmms.get(VmmKind::Vz).is_none());
+    }
+}
