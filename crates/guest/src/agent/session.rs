@@ -1,0 +1,149 @@
+//! The processes of an exec session: how they begin and how they are ended.
+#![allow(unsafe_code)]
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::{fd::OwnedFd, unix::process::CommandExt},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, setsid};
+use tokio::net::unix::pipe;
+
+use super::{fd_stream::FdStream, pty};
+
+/// Ends of a session that the agent holds.
+pub(super) enum Ends {
+    Pipes {
+        stdin: pipe::Sender,
+        stdout: pipe::Receiver,
+        stderr: pipe::Receiver,
+    },
+    Terminal(FdStream),
+}
+
+/// A started session: the leader's pid is also its session and group id.
+pub(super) struct Session {
+    pub(super) leader: Pid,
+    pub(super) ends: Ends,
+}
+
+/// Starts a command as the leader of a session of its own.
+pub(super) fn start(
+    program: &Path,
+    command: &[String],
+    environment: &[(String, String)],
+    working_directory: &Path,
+    tty: Option<(u16, u16)>,
+) -> io::Result<Session> {
+    let mut child = Command::new(program);
+    if let Some((name, arguments)) = command.split_first() {
+        child.arg0(name).args(arguments);
+    }
+    child
+        .env_clear()
+        .envs(environment.iter().map(|(name, value)| (name, value)))
+        .current_dir(working_directory);
+    let has_terminal = tty.is_some();
+    // The agent is spared by the kernel's memory killer; what it starts must not be.
+    let spared = File::options()
+        .write(true)
+        .open("/proc/self/oom_score_adj")
+        .is_ok()
+        && oom_is_adjusted();
+    // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks.
+    unsafe {
+        child.pre_exec(move || {
+            setsid()?;
+            if has_terminal {
+                rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+            }
+            if spared {
+                let file = rustix::fs::open(
+                    c"/proc/self/oom_score_adj",
+                    rustix::fs::OFlags::WRONLY,
+                    rustix::fs::Mode::empty(),
+                )?;
+                rustix::io::write(&file, b"0")?;
+            }
+            Ok(())
+        });
+    }
+    let (leader, ends) = match tty {
+        None => {
+            child
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
+            let mut started = child.spawn()?;
+            let missing = || io::Error::from(io::ErrorKind::BrokenPipe);
+            let stdin = OwnedFd::from(started.stdin.take().ok_or_else(missing)?);
+            let stdout = OwnedFd::from(started.stdout.take().ok_or_else(missing)?);
+            let stderr = OwnedFd::from(started.stderr.take().ok_or_else(missing)?);
+            let ends = Ends::Pipes {
+                stdin: pipe::Sender::from_owned_fd(stdin)?,
+                stdout: pipe::Receiver::from_owned_fd(stdout)?,
+                stderr: pipe::Receiver::from_owned_fd(stderr)?,
+            };
+            (started.id(), ends)
+        }
+        Some((rows, columns)) => {
+            let (master, slave, _) = pty::open(rows, columns)?;
+            child
+                .stdin(slave.try_clone()?)
+                .stdout(slave.try_clone()?)
+                .stderr(slave);
+            let started = child.spawn()?;
+            (started.id(), Ends::Terminal(FdStream::new(master)?))
+        }
+    };
+    let leader = i32::try_from(leader)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(io::ErrorKind::Other)?;
+    Ok(Session { leader, ends })
+}
+
+fn oom_is_adjusted() -> bool {
+    std::fs::read_to_string("/proc/self/oom_score_adj").is_ok_and(|value| value.trim() != "0")
+}
+
+/// Sends a signal to all processes of a session: its first group at once, then whatever made itself a group of
+/// its own (jobs of a shell).
+pub(super) fn signal_session(leader: Pid, signal: Signal) {
+    // Already gone is as good.
+    let _ = kill_process_group(leader, signal);
+    for pid in members(leader) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+fn members(leader: Pid) -> Vec<Pid> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| session_of(*pid) == Some(leader.as_raw_nonzero().get()))
+        .filter_map(Pid::from_raw)
+        .collect()
+}
+
+fn session_of(pid: i32) -> Option<i32> {
+    let line = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, so count from its end: state, parent, group, session.
+    line[line.rfind(')')? + 1..]
+        .split_whitespace()
+        .nth(3)?
+        .parse()
+        .ok()
+}
+
+/// Makes a terminal's reader see the end of its input.
+pub(super) fn end_of_terminal_input(terminal: &FdStream) -> io::Result<()> {
+    const END_OF_TRANSMISSION: u8 = 4;
+    File::from(terminal.descriptor().try_clone_to_owned()?).write_all(&[END_OF_TRANSMISSION])
+}

@@ -1,0 +1,111 @@
+//! What the workload prints, on its way to the host's log file.
+//!
+//! Programs get a pipe and not the port itself: the port can be opened only once, and images open
+//! `/dev/stdout` again (a link to their own output). Pages move from the pipe to the port without being copied
+//! through us. An init of an image gets a terminal as its console.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    io::Errno,
+    pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
+};
+use tokio::sync::watch;
+
+use super::port;
+
+const PIPE_BYTES: usize = 256 * 1024;
+
+/// Where output goes: the log port, else the console.
+pub(super) struct Sink(File);
+
+impl Sink {
+    pub(super) fn open() -> io::Result<Sink> {
+        match port::open_log_port() {
+            Some(port) => Ok(Sink(port)),
+            None => Ok(Sink(File::options().write(true).open("/dev/console")?)),
+        }
+    }
+}
+
+/// A pipe whose content goes to the sink.
+pub(super) struct Output {
+    /// For programs.
+    pub(super) writer: OwnedFd,
+    /// Turns true when the last writer is gone and all is written.
+    pub(super) drained: watch::Receiver<bool>,
+}
+
+impl Output {
+    pub(super) fn start(sink: Sink) -> io::Result<Output> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        // The default size works too.
+        let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
+        let (done, drained) = watch::channel(false);
+        std::thread::Builder::new()
+            .name("output".into())
+            .stack_size(64 * 1024)
+            .spawn(move || {
+                move_all(&reader, &sink.0);
+                done.send_replace(true);
+            })?;
+        Ok(Output { writer, drained })
+    }
+}
+
+fn move_all(reader: &OwnedFd, sink: &File) {
+    let mut spliceable = true;
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        let moved = if spliceable {
+            splice(reader, None, sink.as_fd(), None, 64 * 1024, SpliceFlags::MOVE)
+        } else {
+            rustix::io::read(reader, &mut buffer).and_then(|count| {
+                write_all(sink, &buffer[..count])?;
+                Ok(count)
+            })
+        };
+        match moved {
+            Ok(0) => return,
+            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) if spliceable => spliceable = false,
+            // A sink that fails loses what comes; the program must not block on it.
+            Err(_) => {
+                if matches!(rustix::io::read(reader, &mut buffer), Ok(0)) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn write_all(mut sink: &File, data: &[u8]) -> Result<(), Errno> {
+    sink.write_all(data)
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+/// Copies what an init prints on its console. Held open here for ever, so that it never hangs up.
+pub(super) fn follow_terminal(master: OwnedFd, slave: File, sink: Sink) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("console".into())
+        .stack_size(64 * 1024)
+        .spawn(move || {
+            let _slave = slave;
+            let mut master = File::from(master);
+            let mut buffer = vec![0; 16 * 1024];
+            loop {
+                match master.read(&mut buffer) {
+                    Ok(0) => return,
+                    // Losing output is better than stopping the init.
+                    Ok(count) => drop(write_all(&sink.0, &buffer[..count])),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(_) => return,
+                }
+            }
+        })?;
+    Ok(())
+}
