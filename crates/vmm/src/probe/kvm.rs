@@ -242,14 +242,14 @@ fn guest_code() -> &'static [u8] {
 }
 
 // Runs at 1 MiB with paging off. Page tables at 2 MiB, interrupt table at 0x203000, stacks and the XSAVE area
-// below 0x300000. Whatever goes wrong is a triple fault, which ends QEMU.
+// below 0x300000. Addresses are written as bytes because the assembler takes no differences of labels as
+// operands. Whatever goes wrong is a triple fault, which ends QEMU.
 #[cfg(target_arch = "x86_64")]
 std::arch::global_asm!(
     r#"
     .pushsection .rodata.hypeman_kvm_probe, "a", @progbits
     .globl hypeman_kvm_probe_start
     .globl hypeman_kvm_probe_end
-    .set .Lbase, hypeman_kvm_probe_start - 0x100000
 hypeman_kvm_probe_start:
     .code32
     cli
@@ -262,7 +262,8 @@ hypeman_kvm_probe_start:
     mov dword ptr [0x201000], 0x202007
     mov dword ptr [0x202000], 0x000087
     mov dword ptr [0x202008], 0x200087
-    lgdt [(.Lgdt_register - hypeman_kvm_probe_start) + 0x100000]
+    .byte 0x0f, 0x01, 0x15                  // lgdt [.Lgdt_register]
+    .long .Lgdt_register - hypeman_kvm_probe_start + 0x100000
     mov eax, cr4
     or eax, 0x620
     mov cr4, eax
@@ -274,9 +275,8 @@ hypeman_kvm_probe_start:
     wrmsr
     mov eax, 0x80000033
     mov cr0, eax
-    mov eax, (.Llong - hypeman_kvm_probe_start) + 0x100000
-    push 0x08
-    push eax
+    .byte 0xb8                              // mov eax, .Llong
+    .long .Llong - hypeman_kvm_probe_start + 0x100000
     mov esp, 0x280000
     push 0x08
     push eax
@@ -353,7 +353,8 @@ hypeman_kvm_probe_start:
 2:  mov al, 'c'
     out 0xe9, al
 
-    mov eax, (.Lbreakpoint - hypeman_kvm_probe_start) + 0x100000
+    .byte 0xb8                              // mov eax, .Lbreakpoint
+    .long .Lbreakpoint - hypeman_kvm_probe_start + 0x100000
     mov edi, 0x203030
     mov word ptr [rdi], ax
     mov word ptr [rdi + 2], 0x08
@@ -376,14 +377,16 @@ hypeman_kvm_probe_start:
     mov edx, 0x100008
     wrmsr
     mov ecx, 0xc0000082
-    mov eax, (.Lsyscall - hypeman_kvm_probe_start) + 0x100000
+    .byte 0xb8                              // mov eax, .Lsyscall
+    .long .Lsyscall - hypeman_kvm_probe_start + 0x100000
     xor edx, edx
     wrmsr
     mov ecx, 0xc0000084
     mov eax, 0x200
     xor edx, edx
     wrmsr
-    mov ecx, (.Luser - hypeman_kvm_probe_start) + 0x100000
+    .byte 0xb9                              // mov ecx, .Luser
+    .long .Luser - hypeman_kvm_probe_start + 0x100000
     mov r11d, 2
     sysretq
 .Luser:

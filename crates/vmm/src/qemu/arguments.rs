@@ -23,6 +23,8 @@ const AGENT_PORT: &str = "hypeman.agent.0";
 const LOG_PORT: &str = "hypeman.log.0";
 /// Object that a [`crate::Machine::reopen_workload_log`] replaces.
 pub(crate) const LOG_CHARDEV: &str = "log";
+/// Object that a [`crate::Machine::reopen_vmm_log`] replaces.
+pub(crate) const CONSOLE_CHARDEV: &str = "console";
 
 /// Longest kernel command line that x86 takes.
 const KERNEL_ARGUMENTS_LIMIT: usize = 2047;
@@ -105,8 +107,8 @@ pub(crate) fn arguments(
         format!("socket,id=qmp,fd={},server=on,wait=off", sockets.qmp),
     );
     line.option("-mon", "chardev=qmp,mode=control");
-    line.option("-chardev", file_chardev("console", &spec.vmm_log)?);
-    line.option("-serial", "chardev:console");
+    line.option("-chardev", file_chardev(CONSOLE_CHARDEV, &spec.vmm_log)?);
+    line.option("-serial", format!("chardev:{CONSOLE_CHARDEV}"));
 
     line.option(
         "-chardev",
@@ -332,12 +334,12 @@ fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
     Ok(())
 }
 
-pub(crate) fn invalid(message: String) -> VmmError {
+fn invalid(message: String) -> VmmError {
     VmmError::InvalidSpec(message)
 }
 
 /// The path as QEMU can take it: text, absolute, without line breaks.
-fn text(path: &Path) -> Result<String, VmmError> {
+pub(crate) fn text(path: &Path) -> Result<String, VmmError> {
     match path.to_str() {
         Some(text) if path.is_absolute() && !text.contains(|letter: char| letter.is_control()) => {
             Ok(text.to_owned())

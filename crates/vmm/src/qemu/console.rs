@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Written by us before each start, so that an older boot is not taken for this one.
 pub(crate) const START_MARK: &str = "--- hypeman starts machine ";
@@ -26,6 +26,10 @@ pub(crate) struct Console {
 impl Console {
     pub(crate) fn new(path: PathBuf) -> Self {
         Self { path }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The last lines of this boot, readable.

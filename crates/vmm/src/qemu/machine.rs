@@ -1,6 +1,6 @@
 //! A machine in a QEMU process.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::arguments::{LOG_CHARDEV, PID_FILE};
+use super::arguments::{CONSOLE_CHARDEV, LOG_CHARDEV, PID_FILE};
 use super::console::Console;
 use super::qmp::{QmpClient, QmpError, QmpEvent};
 use crate::process::{Ended, ProcessHandle, resident_and_cpu};
@@ -131,6 +131,21 @@ impl QemuMachine {
         tokio::time::timeout(END_GRACE, self.process.ended())
             .await
             .is_ok()
+    }
+
+    /// Points an output of QEMU at a fresh file. It writes and takes commands on one thread, so every byte goes
+    /// either to the old file or to the new one.
+    async fn reopen(&self, chardev: &str, path: &Path) -> Result<(), VmmError> {
+        super::append_only(path)?;
+        let out = super::arguments::text(path)?;
+        let backend = json!({ "type": "file", "data": { "out": out, "append": true } });
+        self.command(
+            "chardev-change",
+            json!({ "id": chardev, "backend": backend }),
+            COMMAND_DEADLINE,
+        )
+        .await
+        .map(drop)
     }
 
     fn remove_sockets(&self) {
@@ -291,18 +306,11 @@ impl Machine for QemuMachine {
     }
 
     async fn reopen_workload_log(&self) -> Result<(), VmmError> {
-        let path = self.workload_log.to_str().ok_or_else(|| {
-            super::arguments::invalid(format!("{} is no printable text", self.workload_log.display()))
-        })?;
-        super::append_only(&self.workload_log)?;
-        let backend = json!({ "type": "file", "data": { "out": path, "append": true } });
-        self.command(
-            "chardev-change",
-            json!({ "id": LOG_CHARDEV, "backend": backend }),
-            COMMAND_DEADLINE,
-        )
-        .await
-        .map(drop)
+        self.reopen(LOG_CHARDEV, &self.workload_log).await
+    }
+
+    async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
+        self.reopen(CONSOLE_CHARDEV, self.console.path()).await
     }
 
     fn stats(&self) -> Result<MachineStats, VmmError> {
