@@ -89,6 +89,16 @@ kernel_path() {
 	echo
 }
 
+# Directory with the modules of that kernel, empty when it needs none or the server finds them itself.
+kernel_modules() {
+	local directory
+	case "$(kernel_path)" in "$CACHE_DIRECTORY"/kernel/*) ;; *) return 0 ;; esac
+	for directory in "$CACHE_DIRECTORY"/kernel/lib/modules/* "$CACHE_DIRECTORY"/kernel/usr/lib/modules/*; do
+		[ -d "$directory" ] && { echo "$directory"; return; }
+	done
+	return 0
+}
+
 # The official SDKs and the property-based client, each by its own package manager, under target/contract.
 install_sdks() {
 	local contract=$TARGET_DIRECTORY/contract python

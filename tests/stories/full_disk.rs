@@ -19,7 +19,12 @@ fn noise(bytes: usize) -> Vec<u8> {
 
 async fn server_on(disk: &LoopDisk) -> Server {
     let data_directory = Some(disk.path().join("d"));
+    let settings = vec![
+        ("limits.min_free_disk", json!("1MB")),
+        ("limits.max_image_storage", json!(1.0)),
+    ];
     Server::start_with(ServerOptions {
+        settings,
         data_directory,
         ..ServerOptions::default()
     })

@@ -22,5 +22,6 @@ mod lifecycle;
 mod logs;
 mod lookup;
 mod network;
+mod papers;
 mod registry;
 mod service;
