@@ -67,10 +67,16 @@ pub(crate) fn split(path: &[u8]) -> (&[u8], &[u8]) {
 /// Tells what a plain path asks for.
 pub(crate) fn classify(path: Vec<u8>) -> Result<Name, EntryProblem> {
     let (parent, last) = split(&path);
-    if parent.split(|byte| *byte == b'/').any(|component| component.starts_with(WHITEOUT_INTERNAL)) {
+    if parent
+        .split(|byte| *byte == b'/')
+        .any(|component| component.starts_with(WHITEOUT_INTERNAL))
+    {
         return Ok(Name::Ignored);
     }
-    if parent.split(|byte| *byte == b'/').any(|component| component.starts_with(WHITEOUT)) {
+    if parent
+        .split(|byte| *byte == b'/')
+        .any(|component| component.starts_with(WHITEOUT))
+    {
         return Err(EntryProblem::ReservedName);
     }
     if last == OPAQUE {
@@ -103,9 +109,15 @@ mod tests {
 
     #[test]
     fn names_become_relative_and_plain() {
-        for (raw, expected) in
-            [("./", ""), ("/", ""), (".", ""), ("a", "a"), ("./a/./b//c/", "a/b/c"), ("/etc/passwd", "etc/passwd"), ("...", "...")]
-        {
+        for (raw, expected) in [
+            ("./", ""),
+            ("/", ""),
+            (".", ""),
+            ("a", "a"),
+            ("./a/./b//c/", "a/b/c"),
+            ("/etc/passwd", "etc/passwd"),
+            ("...", "..."),
+        ] {
             assert_eq!(plainly(raw).as_deref(), Ok(expected), "{raw}");
         }
     }
