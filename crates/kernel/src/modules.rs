@@ -1,0 +1,171 @@
+//! Which kernel modules a guest needs, in the order in which they can be loaded.
+//!
+//! A module names what it depends on in its own `.modinfo` section. That is read instead of `modules.dep`,
+//! because a package that was merely unpacked has none.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::KernelError;
+use crate::decompress::decompress;
+use crate::elf::Elf;
+
+/// Without these no guest of ours comes up.
+const REQUIRED: [&str; 4] = ["virtio_blk", "virtio_console", "overlay", "erofs"];
+/// Taken where the kernel has them: transports first, so that devices are found while the rest loads.
+const WANTED: [&str; 12] = [
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_console",
+    "virtio_blk",
+    "erofs",
+    "overlay",
+    "ext4",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+    "pvpanic_mmio",
+];
+/// Some names in dependencies are algorithms, not modules.
+const ALGORITHMS: [(&str, &str); 1] = [("crc32c", "crc32c_generic")];
+const MODULE_LIMIT: usize = 64 * 1024 * 1024;
+/// More entries than any kernel package has.
+const ENTRIES_LIMIT: usize = 200_000;
+
+/// One module, expanded.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Module {
+    /// As in `virtio_blk`.
+    pub(crate) name: String,
+    /// The `.ko` file.
+    pub(crate) content: Vec<u8>,
+}
+
+/// The modules of `directory` (as `/lib/modules/<release>`) that a guest needs, each after what it needs itself.
+pub(crate) fn needed(directory: &Path, release: &str) -> Result<Vec<Module>, KernelError> {
+    let present = index(&directory.join("kernel"))?;
+    let built_in: HashSet<String> = fs::read_to_string(directory.join("modules.builtin"))
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| module_name(Path::new(line)))
+        .collect();
+    for required in REQUIRED {
+        if !present.contains_key(required) && !built_in.contains(required) {
+            return Err(KernelError::MissingModule {
+                release: release.to_owned(),
+                module: required.to_owned(),
+                directory: directory.to_owned(),
+            });
+        }
+    }
+    let mut closure = Closure {
+        present,
+        taken: HashSet::new(),
+        order: Vec::new(),
+    };
+    for wanted in WANTED {
+        closure.take(wanted)?;
+    }
+    Ok(closure.order)
+}
+
+struct Closure {
+    present: BTreeMap<String, PathBuf>,
+    taken: HashSet<String>,
+    order: Vec<Module>,
+}
+
+impl Closure {
+    fn take(&mut self, name: &str) -> Result<(), KernelError> {
+        let name = ALGORITHMS
+            .iter()
+            .find(|(algorithm, _)| *algorithm == name)
+            .map_or(name, |(_, module)| module);
+        let Some(path) = self.present.get(name).cloned() else {
+            return Ok(());
+        };
+        // Marked before its dependencies: a circle in a broken package must not be followed for ever.
+        if !self.taken.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let packed = fs::read(&path).map_err(KernelError::io("read", &path))?;
+        let content = decompress(&packed, MODULE_LIMIT)
+            .map_err(|error| KernelError::unusable(&path, error.to_string()))?;
+        for dependency in dependencies(&content) {
+            self.take(&dependency)?;
+        }
+        self.order.push(Module {
+            name: name.to_owned(),
+            content,
+        });
+        Ok(())
+    }
+}
+
+/// What must be loaded before this module.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    let Some(information) = Elf::parse(module).and_then(|elf| elf.section(".modinfo")) else {
+        return Vec::new();
+    };
+    let mut names = Vec::new();
+    for field in information.split(|byte| *byte == 0) {
+        let field = String::from_utf8_lossy(field);
+        if let Some(list) = field.strip_prefix("depends=") {
+            names.extend(list.split(',').map(normal));
+        } else if let Some(list) = field.strip_prefix("softdep=") {
+            let before = list
+                .split_ascii_whitespace()
+                .skip_while(|word| *word != "pre:")
+                .skip(1);
+            names.extend(before.take_while(|word| !word.ends_with(':')).map(normal));
+        }
+    }
+    names.retain(|name| !name.is_empty());
+    names
+}
+
+fn normal(name: &str) -> String {
+    name.trim().replace('-', "_")
+}
+
+/// `virtio_blk` for `…/virtio-blk.ko.xz`.
+fn module_name(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    let stem = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"]
+        .iter()
+        .find_map(|ending| name.strip_suffix(ending))?;
+    Some(normal(stem))
+}
+
+fn index(directory: &Path) -> Result<BTreeMap<String, PathBuf>, KernelError> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![directory.to_owned()];
+    let mut entries = 0;
+    while let Some(directory) = waiting.pop() {
+        let listing = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            listing => listing.map_err(KernelError::io("read", &directory))?,
+        };
+        for entry in listing {
+            let entry = entry.map_err(KernelError::io("read", &directory))?;
+            entries += 1;
+            if entries > ENTRIES_LIMIT {
+                return Err(KernelError::unusable(&directory, "it has too many files"));
+            }
+            let kind = entry
+                .file_type()
+                .map_err(KernelError::io("read", &entry.path()))?;
+            if kind.is_dir() {
+                waiting.push(entry.path());
+            } else if let Some(name) = module_name(&entry.path()) {
+                found.insert(name, entry.path());
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;
