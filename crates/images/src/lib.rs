@@ -28,7 +28,7 @@ pub mod platform;
 pub mod reference;
 pub mod registry;
 
-pub use archive::Archive;
+pub use archive::{Archive, ArchiveOptions, ArchivedImage};
 pub use blobs::{BlobStore, BlobStoreOptions};
 pub use digest::Digest;
 pub use error::{ImageError, Result};

@@ -94,8 +94,9 @@ impl RegistryClient {
         if resolved.index_digest.is_none() {
             config.check_platform(&resolved.platform)?;
         }
-        futures::stream::iter(&blobs[1..])
-            .map(|blob| download(&session, store, blob, &meter))
+        let (session, meter) = (&session, &meter);
+        futures::stream::iter(blobs.split_off(1))
+            .map(|blob| async move { download(session, store, &blob, meter).await })
             .buffer_unordered(self.shared.options.parallel.max(1))
             .try_collect::<()>()
             .await?;

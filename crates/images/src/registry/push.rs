@@ -207,7 +207,7 @@ async fn read_document<S: ContentSource + 'static>(
     source: &Arc<S>,
     descriptor: &Descriptor,
 ) -> Result<Document> {
-    use std::io::{Read as _, Seek as _};
+    use std::os::unix::fs::FileExt as _;
     let limit = MAX_DOCUMENT_BYTES;
     if descriptor.size > limit {
         return Err(ImageError::TooLarge {
@@ -218,10 +218,9 @@ async fn read_document<S: ContentSource + 'static>(
     let (source, expected) = (source.clone(), descriptor.digest);
     let raw: Bytes = blocking(move || {
         let read = || {
-            let mut extent = source.locate(&expected)?;
-            extent.file.seek(io::SeekFrom::Start(extent.offset))?;
-            let mut bytes = Vec::new();
-            extent.file.take(extent.size.min(limit)).read_to_end(&mut bytes)?;
+            let extent = source.locate(&expected)?;
+            let mut bytes = vec![0; extent.size.min(limit) as usize];
+            extent.file.read_exact_at(&mut bytes, extent.offset)?;
             Ok(bytes.into())
         };
         read().map_err(|error| local_error(&expected, error))
