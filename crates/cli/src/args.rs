@@ -1,0 +1,146 @@
+//! The command line: global options and the list of commands.
+//!
+//! The arguments of each command stand beside its code in [`crate::commands`].
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::commands;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    success
+  1    the server refused, the instance failed, or something local went wrong
+  2    wrong command line or configuration
+  124  `wait` or `run` ran out of time
+  130  interrupted by Ctrl-C
+  255  `exec` itself failed (every other code of `exec` is the command's own)
+
+Environment:
+  HYPEMAN_BASE_URL  address of the server (default http://localhost:8080)
+  HYPEMAN_API_KEY   bearer token (make one with `hypeman token create`)
+  NO_COLOR          no colours on a terminal
+
+Files:
+  ~/.config/hypeman/cli.yaml  base_url and api_key for when neither flag nor environment names them
+
+Examples:
+  hypeman serve                                    start a server with defaults
+  hypeman token create --user-id me --save         make a token and remember it
+  hypeman run --name web nginx                     pull if needed, boot, wait until it runs
+  hypeman exec web uname -a                        run a command inside
+  hypeman ps --format json | jq '.[].name'         for scripts";
+
+/// Runs OCI images as virtual machines.
+///
+/// `hypeman serve` is the server; every other command is a client of it, except `token`, `doctor`, `completion`
+/// and `version`, which work alone.
+#[derive(Debug, Parser)]
+#[command(name = "hypeman", version, about, long_about, after_long_help = EXIT_CODES, max_term_width = 110)]
+#[command(propagate_version = false, disable_help_subcommand = false)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Default, Args)]
+pub struct GlobalArgs {
+    /// Address of the server [env: HYPEMAN_BASE_URL] [default: http://localhost:8080]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Global options")]
+    pub base_url: Option<String>,
+    /// How results are printed
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT",
+        hide_possible_values = true,
+        help_heading = "Global options",
+        long_help = "How results are printed: auto (a table for people), table, json (indented), jsonl (one \
+                       object a line), yaml, raw (the server's own bytes)"
+    )]
+    pub format: Format,
+    /// Show each request and answer on standard error (never the token)
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub debug: bool,
+    /// Print identifiers only, and no progress
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub quiet: bool,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A table for people.
+    #[default]
+    Auto,
+    /// A table for people.
+    Table,
+    /// Indented JSON.
+    Json,
+    /// One JSON object a line.
+    Jsonl,
+    /// YAML.
+    Yaml,
+    /// The server's own bytes.
+    Raw,
+}
+
+/// All commands, in the order in which help lists them.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the server
+    Serve(commands::serve::ServeArgs),
+    /// Create an instance from an image and boot it
+    Run(Box<commands::run::RunArgs>),
+    /// List instances
+    #[command(visible_alias = "list")]
+    Ps(commands::ps::PsArgs),
+    /// Show all that is known about an instance
+    Inspect(commands::inspect::InspectArgs),
+    /// Show the console, hypervisor or server log of an instance
+    Logs(commands::logs::LogsArgs),
+    /// Run a command inside an instance
+    Exec(commands::exec::ExecArgs),
+    /// Copy files between an instance and this machine
+    Cp(commands::cp::CpArgs),
+    /// Stop instances
+    Stop(commands::lifecycle::StopArgs),
+    /// Start stopped instances
+    Start(commands::lifecycle::StartArgs),
+    /// Delete instances
+    Rm(commands::lifecycle::RmArgs),
+    /// Wait until an instance reaches a state
+    Wait(commands::wait::WaitArgs),
+    /// Show what instances use
+    Stats(commands::stats::StatsArgs),
+    /// Change an instance that exists
+    Update(commands::update::UpdateArgs),
+    /// Pull an image into the server
+    Pull(commands::image::PullArgs),
+    /// Push a local image or archive into the server
+    Push(commands::push::PushArgs),
+    /// Work with images
+    #[command(subcommand, visible_alias = "images")]
+    Image(commands::image::ImageCommand),
+    /// Ask whether the server answers
+    Health(commands::service::HealthArgs),
+    /// Show what the server and its host can do
+    Capabilities(commands::service::CapabilitiesArgs),
+    /// Show what the host has and what instances take
+    Resources(commands::service::ResourcesArgs),
+    /// Make access tokens (offline, with the server's secret)
+    #[command(subcommand)]
+    Token(commands::token::TokenCommand),
+    /// Check this machine and say how to fix what is missing
+    Doctor(commands::doctor::DoctorArgs),
+    /// Print a completion script for a shell
+    Completion(commands::completion::CompletionArgs),
+    /// Print the version
+    Version(commands::service::VersionArgs),
+}

@@ -1,0 +1,157 @@
+//! `hypeman inspect`.
+
+use clap::Args;
+use jiff::Timestamp;
+
+use super::Context;
+use super::ps::state_text;
+use crate::document::Document;
+use crate::error::CliError;
+use crate::output::{Table, age, span};
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hypeman inspect web
+  hypeman inspect web --format json | jq -r .network.ip
+  hypeman inspect web --show-env --format yaml")]
+pub struct InspectArgs {
+    /// Id, name or unique prefix of the id
+    #[arg(required = true, value_name = "INSTANCE")]
+    instances: Vec<String>,
+    /// Show the values of environment variables instead of stars
+    #[arg(long)]
+    show_env: bool,
+}
+
+/// Shows instances.
+pub(crate) async fn run(context: &Context, arguments: &InspectArgs) -> Result<(), CliError> {
+    for (position, instance) in arguments.instances.iter().enumerate() {
+        let mut document = context.client.get(&["instances", instance], &[]).await?;
+        if !arguments.show_env {
+            document.mask_values("env");
+        }
+        let gap = if position > 0 { "\n" } else { "" };
+        context.output.object(&document, "id", || {
+            format!("{gap}{}", describe(&document, Timestamp::now()))
+        })?;
+    }
+    Ok(())
+}
+
+/// Everything about an instance, one fact a line.
+pub(crate) fn describe(instance: &Document, now: Timestamp) -> String {
+    let mut table = Table::bare(2);
+    let mut fact = |name: &str, value: Option<String>| {
+        if value.as_ref().is_some_and(|value| !value.is_empty()) {
+            table.row([Some(name.to_owned()), value]);
+        }
+    };
+    let text = |path: &str| instance.text(path).map(str::to_owned);
+    let time = |path: &str| {
+        instance
+            .text(path)
+            .map(|time| format!("{time} ({})", age(time, now)))
+    };
+    fact("ID", text("id"));
+    fact("Name", text("name"));
+    fact("Image", text("image"));
+    fact("Platform", text("platform"));
+    fact("State", Some(state_text(instance)));
+    fact("State error", text("state_error"));
+    fact("Exit", text("exit_message"));
+    fact("Hypervisor", text("hypervisor"));
+    fact("CPUs", instance.integer("vcpus").map(|count| count.to_string()));
+    fact("Memory", text("size"));
+    fact("Hotplug", text("hotplug_size"));
+    fact("Overlay", text("overlay_size"));
+    fact("Disk I/O", text("disk_io_bps"));
+    fact(
+        "Network",
+        match instance.flag("network.enabled") {
+            Some(true) => text("network.name").or(Some("yes".to_owned())),
+            Some(false) => Some("none".to_owned()),
+            None => None,
+        },
+    );
+    fact("Address", text("network.ip"));
+    fact("MAC", text("network.mac"));
+    fact(
+        "Snapshot",
+        instance
+            .flag("has_snapshot")
+            .filter(|has| *has)
+            .map(|_| "yes".to_owned()),
+    );
+    fact("Health", text("health_status.status"));
+    fact("Restarts", text("restart_policy.policy"));
+    fact("Created", time("created_at"));
+    fact("Started", time("started_at"));
+    fact("Stopped", time("stopped_at"));
+    fact("Expires", time("expires_at"));
+    let phases: Vec<String> = instance
+        .get("phase_durations_ms")
+        .map(Document::members)
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|(phase, value)| match value {
+            Document::Number(number) => number
+                .as_u64()
+                .map(|milliseconds| format!("{phase} {}", length(milliseconds))),
+            _ => None,
+        })
+        .collect();
+    fact("Phases", Some(phases.join(", ")));
+    for volume in instance.get("volumes").map(Document::items).unwrap_or_default() {
+        let mode = if volume.flag("readonly") == Some(true) {
+            " (read-only)"
+        } else {
+            ""
+        };
+        fact(
+            "Volume",
+            Some(format!(
+                "{} at {}{mode}",
+                volume.text("volume_id").unwrap_or("?"),
+                volume.text("mount_path").unwrap_or("?")
+            )),
+        );
+    }
+    for (name, label) in [("tags", "Tag"), ("env", "Env")] {
+        for (key, value) in instance.get(name).map(Document::members).unwrap_or_default() {
+            if let Document::String(value) = value {
+                fact(label, Some(format!("{key}={value}")));
+            }
+        }
+    }
+    table.render()
+}
+
+fn length(milliseconds: u64) -> String {
+    if milliseconds < 10_000 {
+        format!("{milliseconds} ms")
+    } else {
+        span(milliseconds / 1000)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_that_are_absent_take_no_line() {
+        let instance = Document::parse(
+            br#"{"id":"abc","name":"web","state":"Running","network":{"enabled":false,"ip":null,"mac":null},
+                "env":{"A":"1"},"vcpus":2,"phase_durations_ms":{"initializing":812,"running":65000},"expires_at":null}"#,
+        )
+        .unwrap();
+        let text = describe(&instance, "2026-09-01T12:00:00Z".parse().unwrap());
+        assert_eq!(
+            text,
+            "ID       abc\nName     web\nState    Running\nCPUs     2\nNetwork  none\n\
+             Phases   initializing 812 ms, running 65 seconds\nEnv      A=1\n"
+        );
+    }
+}

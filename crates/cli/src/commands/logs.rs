@@ -1,0 +1,191 @@
+//! `hypeman logs`.
+
+use clap::{Args, ValueEnum};
+use futures::StreamExt as _;
+
+use super::Context;
+use crate::args::Format;
+use crate::document::Document;
+use crate::error::CliError;
+use crate::output;
+
+/// A line longer than this is cut off by the server; more than twice of it is not a line.
+const LONGEST_EVENT: usize = 64 * 1024 * 1024;
+
+/// Arguments of `logs`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hypeman logs web                       the last 100 lines of the console
+  hypeman logs -f web                    and everything that follows, until Ctrl-C
+  hypeman logs --tail 1000 -s vmm web    what the hypervisor wrote
+  hypeman logs -s hypeman web            what the server did with the instance")]
+pub struct LogsArgs {
+    /// Id, name or unique prefix of the id
+    instance: String,
+    /// Go on with new lines until Ctrl-C
+    #[arg(short, long)]
+    follow: bool,
+    /// How many lines from the end
+    #[arg(short = 'n', long, default_value_t = 100, value_name = "LINES")]
+    tail: u32,
+    /// Which log
+    #[arg(short, long, value_enum, default_value_t)]
+    source: Source,
+}
+
+/// Which log.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum Source {
+    /// Console of the guest
+    #[default]
+    App,
+    /// The hypervisor's own output
+    Vmm,
+    /// What the server did
+    Hypeman,
+}
+
+impl Source {
+    fn name(self) -> &'static str {
+        match self {
+            Self::App => "app",
+            Self::Vmm => "vmm",
+            Self::Hypeman => "hypeman",
+        }
+    }
+}
+
+/// Prints a log.
+pub(crate) async fn run(context: &Context, arguments: &LogsArgs) -> Result<(), CliError> {
+    let printing = print(
+        context,
+        &arguments.instance,
+        arguments.tail,
+        arguments.follow,
+        arguments.source,
+    );
+    if !arguments.follow {
+        return printing.await;
+    }
+    tokio::select! {
+        outcome = printing => outcome,
+        // Ctrl-C is how following ends: not a failure.
+        _ = tokio::signal::ctrl_c() => Ok(()),
+    }
+}
+
+/// Prints a log to standard output, line by line.
+pub(crate) async fn print(
+    context: &Context,
+    instance: &str,
+    tail: u32,
+    follow: bool,
+    source: Source,
+) -> Result<(), CliError> {
+    let format = context.global.format;
+    lines(context, instance, tail, follow, source, |line| match format {
+        // A console is a stream of bytes: on a terminal its colours are wanted, and it is the user's own guest.
+        Format::Auto | Format::Table | Format::Raw => output::line(line),
+        _ => output::line(&serde_json::to_string(line).unwrap_or_default()),
+    })
+    .await
+}
+
+/// Hands the lines of a log to `each` until the log ends.
+pub(crate) async fn lines(
+    context: &Context,
+    instance: &str,
+    tail: u32,
+    follow: bool,
+    source: Source,
+    mut each: impl FnMut(&str) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let query = [
+        ("tail".to_owned(), tail.to_string()),
+        ("follow".to_owned(), follow.to_string()),
+        ("source".to_owned(), source.name().to_owned()),
+    ];
+    let response = context
+        .client
+        .open(&["instances", instance, "logs"], &query)
+        .await?;
+    let mut chunks = response.bytes_stream();
+    let mut events = Events::default();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|failure| CliError::failed(format!("the log broke off: {failure}")))?;
+        for line in events.feed(&chunk)? {
+            each(&line)?;
+        }
+    }
+    Ok(())
+}
+
+/// Splits a server-sent event stream into log lines.
+#[derive(Debug, Default)]
+struct Events {
+    rest: Vec<u8>,
+}
+
+impl Events {
+    /// Takes the next bytes and answers the lines that are now complete.
+    fn feed(&mut self, bytes: &[u8]) -> Result<Vec<String>, CliError> {
+        self.rest.extend_from_slice(bytes);
+        let mut lines = Vec::new();
+        let mut start = 0;
+        while let Some(length) = self
+            .rest
+            .get(start..)
+            .and_then(|rest| rest.iter().position(|byte| *byte == b'\n'))
+        {
+            let line = &self.rest[start..start + length];
+            start += length + 1;
+            let line = line.strip_suffix(b"\r").unwrap_or(line);
+            let Some(data) = line.strip_prefix(b"data:") else {
+                continue;
+            };
+            let data = data.strip_prefix(b" ").unwrap_or(data);
+            lines.push(match Document::parse(data) {
+                Ok(Document::String(text)) => text,
+                // Not the contract's JSON string: shown as it came rather than lost.
+                _ => String::from_utf8_lossy(data).into_owned(),
+            });
+        }
+        self.rest.drain(..start);
+        if self.rest.len() > LONGEST_EVENT {
+            return Err(CliError::Protocol("a log line without end".to_owned()));
+        }
+        Ok(lines)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn comments_and_blank_lines_are_no_log_lines() {
+        let mut events = Events::default();
+        let lines = events
+            .feed(b": hello\n\ndata: \"a\\tb\"\r\n\nevent: x\ndata: raw\n\ndata: \"cut")
+            .unwrap();
+        assert_eq!(lines, ["a\tb", "raw"]);
+        assert_eq!(events.feed(b" off\"\n").unwrap(), ["cut off"]);
+    }
+
+    proptest! {
+        #[test]
+        fn lines_survive_any_split(lines in prop::collection::vec(".{0,40}", 0..8), size in 1usize..20) {
+            let stream: String =
+                lines.iter().map(|line| format!("data: {}\n\n", serde_json::to_string(line).unwrap())).collect();
+            let mut events = Events::default();
+            let mut seen = Vec::new();
+            for chunk in stream.as_bytes().chunks(size) {
+                seen.extend(events.feed(chunk).unwrap());
+            }
+            prop_assert_eq!(seen, lines);
+        }
+    }
+}

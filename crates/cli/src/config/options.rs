@@ -1,0 +1,140 @@
+//! From values to what the engine, the network and the VMMs are told.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use hypeman_api::instance::Hypervisor;
+use hypeman_engine::{EngineOptions, ImageOptions, Limits, LogOptions};
+use hypeman_kernel::KernelOptions;
+use hypeman_network::NetworkOptions;
+use hypeman_vmm::{Accelerator, VmmKind, VmmOptions};
+
+use super::{Values, data_directory};
+use crate::error::CliError;
+use crate::guest_program::GuestProgram;
+
+/// Where the API listens.
+///
+/// # Errors
+/// When address or port make no sense.
+pub(crate) fn listen_address(values: &Values) -> Result<SocketAddr, CliError> {
+    let address: IpAddr = values.parsed(
+        "listen_address",
+        "write an IP address, such as 127.0.0.1 or 0.0.0.0",
+    )?;
+    let port: u16 = values.parsed("port", "write a number from 0 to 65535; 0 takes a free port")?;
+    Ok(SocketAddr::new(address, port))
+}
+
+/// Everything that the engine is told.
+///
+/// # Errors
+/// When a value makes no sense; it is named with the place that it came from.
+pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptions, CliError> {
+    let data_directory = data_directory(values)?;
+    let whole = "write a whole number";
+    let share: f64 = values.parsed("limits.max_image_storage", "write a share from 0 to 1")?;
+    if !(0.0..=1.0).contains(&share) {
+        return Err(CliError::usage("limits.max_image_storage must be from 0 to 1"));
+    }
+    let compress = values.parsed("images.compress", "write true or false")?;
+    Ok(EngineOptions {
+        guest_program: guest.bytes,
+        default_hypervisor: default_hypervisor(values)?,
+        limits: Limits {
+            max_vcpus_per_instance: values.parsed("limits.max_vcpus_per_instance", whole)?,
+            max_memory_per_instance: values.size("limits.max_memory_per_instance")?,
+            max_overlay_size: values.size("limits.max_overlay_size")?,
+            max_concurrent_builds: values.parsed("limits.max_concurrent_builds", whole)?,
+            max_image_storage: share,
+            min_free_disk: values.size("limits.min_free_disk")?,
+        },
+        vmm: vmm(values, Some(data_directory.join("system")))?,
+        kernel: kernel(values)?,
+        network: network(values)?,
+        images: ImageOptions {
+            compress,
+            insecure_registries: values.list("images.insecure_registries", "write host[:port]")?,
+            docker_config: values.path("docker_config"),
+        },
+        logs: LogOptions {
+            max_size: values.size("logging.max_size")?,
+            max_files: values.parsed("logging.max_files", whole)?,
+            rotate_interval: values.duration("logging.rotate_interval")?,
+        },
+        data_directory,
+    })
+}
+
+fn default_hypervisor(values: &Values) -> Result<VmmKind, CliError> {
+    let expected = "choose cloud-hypervisor, firecracker, qemu, qemu-microvm or vz";
+    Ok(match values.parsed("hypervisor.default", expected)? {
+        Hypervisor::CloudHypervisor => VmmKind::CloudHypervisor,
+        Hypervisor::Firecracker => VmmKind::Firecracker,
+        Hypervisor::Qemu => VmmKind::Qemu,
+        Hypervisor::QemuMicrovm => VmmKind::QemuMicrovm,
+        Hypervisor::Vz => VmmKind::Vz,
+    })
+}
+
+/// Where VMMs are.
+///
+/// # Errors
+/// When the acceleration is none that exists.
+pub(crate) fn vmm(values: &Values, cache_directory: Option<PathBuf>) -> Result<VmmOptions, CliError> {
+    let accelerator = match values.text("hypervisor.acceleration").as_deref() {
+        None | Some("auto") => None,
+        Some("kvm") => Some(Accelerator::Kvm),
+        Some("tcg") => Some(Accelerator::Tcg),
+        Some(other) => {
+            return Err(CliError::usage(format!(
+                "hypervisor.acceleration cannot be {other:?}: choose auto, kvm or tcg"
+            )));
+        }
+    };
+    Ok(VmmOptions {
+        qemu_binary: values.path("hypervisor.qemu_binary_path"),
+        accelerator,
+        search_path: Vec::new(),
+        cache_directory,
+    })
+}
+
+/// Where the guest kernel comes from.
+///
+/// # Errors
+/// When modules are named that the kernel's place does not lead to.
+pub(crate) fn kernel(values: &Values) -> Result<KernelOptions, CliError> {
+    let (kernel, modules) = (values.path("kernel.path"), values.path("kernel.modules"));
+    if let Some(modules) = modules
+        && !modules.is_dir()
+    {
+        return Err(CliError::usage_with(
+            format!("kernel.modules: {} is no directory", modules.display()),
+            "leave it out: modules are found beside the kernel, in lib/modules",
+        ));
+    }
+    Ok(KernelOptions {
+        kernel,
+        ..KernelOptions::default()
+    })
+}
+
+/// The network of the guests.
+///
+/// # Errors
+/// When an address makes no sense.
+pub(crate) fn network(values: &Values) -> Result<NetworkOptions, CliError> {
+    let bridge = values.text("network.bridge_name").unwrap_or_default();
+    let options = NetworkOptions {
+        subnet_cidr: values.parsed("network.subnet_cidr", "write a network, such as 10.100.0.0/16")?,
+        gateway: values.optional("network.subnet_gateway", "write an address of the subnet")?,
+        uplink: values.text("network.uplink_interface"),
+        dns: values.list("network.dns_server", "write addresses, separated by commas")?,
+        ..NetworkOptions::for_bridge(&bridge)
+    };
+    options
+        .validate()
+        .map_err(|failure| CliError::usage(format!("network: {failure}")))?;
+    Ok(options)
+}

@@ -1,0 +1,363 @@
+//! The built program, as scripts use it: standard output, standard error and exit codes.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+struct Program {
+    home: tempfile::TempDir,
+}
+
+impl Program {
+    fn new() -> Self {
+        Self {
+            home: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hypeman"));
+        command
+            .args(arguments)
+            .env_clear()
+            .env("HOME", self.home.path())
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("DATA_DIR", self.home.path().join("data"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Answers each request on a port of its own with a fixed status and body, by path, until the test ends.
+fn server(answers: Vec<(&'static str, u16, Value)>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = answer(stream.unwrap(), &answers);
+        }
+    });
+    format!("http://{address}")
+}
+
+fn answer(mut stream: TcpStream, answers: &[(&str, u16, Value)]) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut first = String::new();
+    reader.read_line(&mut first)?;
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    let wanted = first.split(' ').take(2).collect::<Vec<_>>().join(" ");
+    let (status, body) = answers
+        .iter()
+        .find(|(path, _, _)| wanted.starts_with(path))
+        .map_or(
+            (404, json!({"code": "not_found", "message": "resource not found"})),
+            |(_, status, body)| (*status, body.clone()),
+        );
+    let body = body.to_string();
+    write!(
+        stream,
+        "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+#[test]
+fn version_and_completion_need_nothing() {
+    let program = Program::new();
+    assert!(out(&program.run(&["version"])).starts_with(concat!("hypeman ", env!("CARGO_PKG_VERSION"))));
+    assert_eq!(
+        out(&program.run(&["version", "-q"])).trim(),
+        env!("CARGO_PKG_VERSION")
+    );
+    let document: Value = serde_json::from_str(&out(&program.run(&["version", "--format", "json"]))).unwrap();
+    assert_eq!(document["version"], env!("CARGO_PKG_VERSION"));
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(
+            out(&program.run(&["completion", shell])).contains("hypeman"),
+            "{shell}"
+        );
+    }
+}
+
+#[test]
+fn wrong_usage_is_2_and_a_server_that_is_not_there_is_explained() {
+    let program = Program::new();
+    assert_eq!(program.run(&["frobnicate"]).status.code(), Some(2));
+    assert_eq!(
+        program.run(&["ps", "--base-url", "localhost"]).status.code(),
+        Some(2)
+    );
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let output = program.run(&["ps", "--base-url", &format!("http://{closed}")]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        err(&output).contains("error: cannot reach the server"),
+        "{}",
+        err(&output)
+    );
+    assert!(
+        err(&output).contains("hint: ") && err(&output).contains("hypeman serve"),
+        "{}",
+        err(&output)
+    );
+    assert_eq!(out(&output), "");
+    let output = program.run(&["exec", "web", "true", "--base-url", &format!("http://{closed}")]);
+    assert_eq!(
+        output.status.code(),
+        Some(255),
+        "options after the instance belong to the command"
+    );
+}
+
+#[test]
+fn tokens_are_made_offline_and_verify() {
+    let program = Program::new();
+    let missing = program.run(&["token", "create", "--user-id", "me"]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(err(&missing).contains("hypeman serve"), "{}", err(&missing));
+
+    let data = program.home.path().join("data");
+    fs::create_dir(&data).unwrap();
+    write_private(&data.join("jwt_secret"), "a secret for this test\n");
+    let made = program.run(&[
+        "token",
+        "create",
+        "--user-id",
+        "me",
+        "--scopes",
+        "instance:read,image:read",
+    ]);
+    let token = out(&made).trim().to_owned();
+    let verifier = hypeman_server::auth::Verifier::new("a secret for this test");
+    let identity = verifier
+        .verify(Some(format!("Bearer {token}").as_bytes()))
+        .unwrap();
+    assert_eq!(identity.subject, "me");
+    assert!(identity.permissions.allow("image:read".parse().unwrap()));
+    assert!(!identity.permissions.allow("image:write".parse().unwrap()));
+    let other = hypeman_server::auth::Verifier::new("another");
+    assert!(other.verify(Some(format!("Bearer {token}").as_bytes())).is_err());
+
+    for wrong in [
+        &[
+            "token",
+            "create",
+            "--user-id",
+            "me",
+            "--scopes",
+            "instance:everything",
+        ][..],
+        &["token", "create", "--user-id", "me", "--scopes", ""],
+        &["token", "create", "--user-id", "me", "--duration", "soon"],
+        &["token", "create", "--user-id", "me", "--duration", "0s"],
+        &["token", "create"],
+    ] {
+        assert_eq!(program.run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    assert_eq!(
+        out(&program.run(&["token", "list-scopes", "-q"])).lines().count(),
+        23
+    );
+
+    let saved = program.run(&[
+        "token",
+        "create",
+        "--user-id",
+        "me",
+        "--save",
+        "-q",
+        "--base-url",
+        "http://h:1",
+    ]);
+    assert_eq!((saved.status.code(), out(&saved)), (Some(0), String::new()));
+    let file = fs::read_to_string(program.home.path().join(".config/hypeman/cli.yaml")).unwrap();
+    assert!(
+        file.contains("base_url: http://h:1") && file.contains("api_key: "),
+        "{file}"
+    );
+}
+
+fn write_private(path: &Path, text: &str) {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+}
+
+#[test]
+fn lists_have_every_format_and_secrets_stay_hidden() {
+    let program = Program::new();
+    let instance = json!({
+        "id": "tz4a98xxat96iws9zmbrgj3a", "name": "web", "image": "alpine", "state": "Running",
+        "env": {"PASSWORD": "hush"}, "network": {"enabled": false, "ip": null, "mac": null},
+        "created_at": "2026-09-01T12:00:00Z", "field_of_the_future": 1
+    });
+    let base = server(vec![
+        ("GET /instances/web", 200, instance.clone()),
+        ("GET /instances?", 200, json!([instance])),
+        (
+            "GET /instances/many",
+            409,
+            json!({"code": "ambiguous", "message": "multiple resources match"}),
+        ),
+    ]);
+    let run = |arguments: &[&str]| {
+        let output = program
+            .command(arguments)
+            .env("HYPEMAN_BASE_URL", &base)
+            .output()
+            .unwrap();
+        assert!(
+            !out(&output).contains("hush") || arguments.contains(&"--show-env"),
+            "{arguments:?}"
+        );
+        output
+    };
+    assert!(out(&run(&["ps"])).starts_with("INSTANCE ID"));
+    assert_eq!(out(&run(&["ps", "-q"])), "tz4a98xxat96iws9zmbrgj3a\n");
+    let list: Value = serde_json::from_str(&out(&run(&["ps", "--format", "json"]))).unwrap();
+    assert_eq!(list[0]["field_of_the_future"], 1);
+    assert_eq!(out(&run(&["ps", "--format", "jsonl"])).lines().count(), 1);
+    assert!(out(&run(&["ps", "--format", "yaml"])).contains("name: web"));
+    assert_eq!(out(&run(&["ps", "--format", "raw"])).lines().count(), 1);
+    assert!(out(&run(&["inspect", "web"])).contains("PASSWORD=****"));
+    assert!(out(&run(&["inspect", "web", "--show-env"])).contains("PASSWORD=hush"));
+    let absent = run(&["inspect", "absent"]);
+    assert_eq!(absent.status.code(), Some(1));
+    assert!(
+        err(&absent).contains("error: absent: resource not found\nhint: "),
+        "{}",
+        err(&absent)
+    );
+    assert!(err(&run(&["inspect", "many"])).contains("hint: more than one matches"));
+    let refused = run(&["rm", "web"]);
+    assert!(err(&refused).contains("hypeman rm -f web"), "{}", err(&refused));
+}
+
+#[test]
+fn waiting_tells_timeout_from_failure() {
+    let program = Program::new();
+    let base = server(vec![
+        (
+            "GET /instances/slow/wait",
+            200,
+            json!({"state": "Initializing", "timed_out": true}),
+        ),
+        (
+            "GET /instances/dead/wait",
+            200,
+            json!({"state": "Stopped", "timed_out": false}),
+        ),
+        (
+            "GET /instances/good/wait",
+            200,
+            json!({"state": "Running", "timed_out": false}),
+        ),
+    ]);
+    for (instance, code) in [("slow", 124), ("dead", 1), ("good", 0), ("gone", 1)] {
+        let arguments = [
+            "wait",
+            instance,
+            "--state",
+            "Running",
+            "--timeout",
+            "1ms",
+            "--base-url",
+            &base,
+        ];
+        assert_eq!(program.run(&arguments).status.code(), Some(code), "{instance}");
+    }
+}
+
+#[test]
+fn run_pulls_creates_waits_and_explains_a_failure() {
+    let program = Program::new();
+    let image =
+        |status: &str| json!({"name": "docker.io/library/app:latest", "status": status, "error": null});
+    let base = server(vec![
+        ("POST /images", 202, image("pending")),
+        ("GET /images/docker.io", 200, image("ready")),
+        (
+            "POST /instances",
+            201,
+            json!({"id": "abc123", "name": "bad", "state": "Initializing"}),
+        ),
+        (
+            "GET /instances/abc123/wait",
+            200,
+            json!({"state": "Stopped", "timed_out": false}),
+        ),
+        ("GET /instances/abc123/logs", 200, json!("data: \"ignored\"")),
+        (
+            "GET /instances/abc123",
+            200,
+            json!({"id": "abc123", "state": "Stopped", "exit_code": 127, "exit_message": "command not found"}),
+        ),
+    ]);
+    let output = program.run(&["run", "app", "--name", "bad", "--base-url", &base]);
+    assert_eq!(out(&output), "abc123\n");
+    assert_eq!(output.status.code(), Some(1));
+    let said = err(&output);
+    assert!(
+        said.contains("error: bad is Stopped with exit code 127: command not found"),
+        "{said}"
+    );
+    assert!(
+        said.contains("pending"),
+        "progress is told without a terminal too: {said}"
+    );
+}
+
+#[test]
+fn configuration_errors_name_the_key_and_the_place() {
+    let program = Program::new();
+    let file = program.home.path().join("config.yaml");
+    fs::write(&file, "prot: 1\n").unwrap();
+    let path = file.display().to_string();
+    let output = program.run(&["serve", "--config", &path]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        err(&output).contains("no configuration key \"prot\"\nhint: did you mean port?"),
+        "{}",
+        err(&output)
+    );
+    let output = program
+        .command(&["serve"])
+        .env("LOGGING__LEVEL", "loud")
+        .output()
+        .unwrap();
+    assert!(err(&output).contains("choose error, warn"), "{}", err(&output));
+    assert!(out(&program.run(&["serve", "--list-keys"])).contains("limits.max_overlay_size"));
+}
