@@ -1,0 +1,62 @@
+//! A thousand stored instances without booting a thousand VMs: one real instance is made and stopped by the API, and
+//! its record is multiplied in the store while the server is away.
+
+use std::path::Path;
+
+use hypeman_store::{Store, StoreError, instances};
+use serde_json::Value;
+
+use crate::error::{BenchError, Result};
+use crate::registry::push_busybox;
+use crate::server::{Server, call, create_running, small_instance};
+
+/// Instances in the store afterwards.
+pub(super) const STORED: usize = 1000;
+
+/// Returns the server with [`STORED`] stopped instances, and the image that they have.
+pub(super) fn server_with_instances(server: Server) -> Result<(Server, String)> {
+    let image = push_busybox(&server)?;
+    let mut api = server.connect()?;
+    let id = create_running(&mut api, &small_instance("bench-seed", &image, "qemu"))?;
+    call(&mut api, "POST", &format!("/instances/{id}/stop"), None, 200)?;
+    call(
+        &mut api,
+        "GET",
+        &format!("/instances/{id}/wait?state=Stopped&timeout=60s"),
+        None,
+        200,
+    )?;
+    drop(api);
+    let server = server.restart(multiply)?;
+    let mut api = server.connect()?;
+    let list = call(&mut api, "GET", "/instances", None, 200)?;
+    match list.as_array().map(Vec::len) {
+        Some(STORED) => Ok((server, image)),
+        other => Err(BenchError::Answer(format!(
+            "{other:?} instances instead of {STORED} after seeding"
+        ))),
+    }
+}
+
+fn multiply(database: &Path) -> Result<()> {
+    let fail = |error: StoreError| BenchError::Answer(format!("the store refused the seeds: {error}"));
+    let store = Store::open(database).map_err(fail)?;
+    let records: Vec<Value> = store.read(instances::all).map_err(fail)?;
+    let Some(model) = records.first().cloned() else {
+        return Err(BenchError::Answer("there is no instance to multiply".into()));
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .map_err(|error| BenchError::io("start a runtime", error))?;
+    let inserted = runtime.block_on(store.write(move |connection| {
+        for number in 1..STORED {
+            let mut record = model.clone();
+            let (id, name) = (format!("b{number:023}"), format!("bench-seed-{number:04}"));
+            record["id"] = Value::from(id.as_str());
+            record["name"] = Value::from(name.as_str());
+            instances::insert(connection, &id, &name, &record)?;
+        }
+        Ok::<(), StoreError>(())
+    }));
+    inserted.map_err(fail)
+}

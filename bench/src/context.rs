@@ -1,0 +1,51 @@
+//! What all benches share: programs, places, how often.
+
+use std::path::PathBuf;
+
+use crate::error::{BenchError, Result};
+
+/// Settings of one run.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// The binary that is measured.
+    pub hypeman: PathBuf,
+    /// Guest kernel to use instead of the one that the server finds.
+    pub kernel: Option<PathBuf>,
+    /// Its modules, where the server does not find them itself.
+    pub modules: Option<PathBuf>,
+    /// Fewer repetitions: for a look, not for a record.
+    pub quick: bool,
+}
+
+impl Context {
+    /// Repetitions: `full`, never below 10, or `quick` when asked for.
+    pub fn repetitions(&self, full: usize, quick: usize) -> usize {
+        if self.quick { quick } else { full.max(10) }
+    }
+
+    /// Refuses when the binary has not been built.
+    ///
+    /// # Errors
+    /// [`BenchError::Missing`].
+    pub fn need_hypeman(&self) -> Result<()> {
+        if self.hypeman.is_file() {
+            return Ok(());
+        }
+        Err(BenchError::Missing(format!(
+            "{} is not built",
+            self.hypeman.display()
+        )))
+    }
+}
+
+/// Finds a program in `$PATH`.
+///
+/// # Errors
+/// [`BenchError::Missing`], naming it.
+pub fn need_program(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(name))
+        .find(|candidate| candidate.is_file())
+        .ok_or_else(|| BenchError::Missing(format!("the program {name} is not installed")))
+}
