@@ -28,12 +28,14 @@ struct Item {
 /// Finds the images and writes an OCI manifest for each.
 pub(super) fn read(archive: &mut Archive, table: &Table) -> Result<()> {
     let tar = match &archive.tar {
-        Some(tar) => tar.try_clone().map_err(|error| ImageError::io("read an archive", error))?,
+        Some(tar) => tar
+            .try_clone()
+            .map_err(|error| ImageError::io("read an archive", error))?,
         None => return Err(ImageError::document(WHAT, "it is no tar")),
     };
     let list = read_bounded(&table.extent(&tar, "manifest.json")?, WHAT)?;
-    let items: Vec<Item> =
-        serde_json::from_slice(&list).map_err(|error| ImageError::document("manifest.json", error.to_string()))?;
+    let items: Vec<Item> = serde_json::from_slice(&list)
+        .map_err(|error| ImageError::document("manifest.json", error.to_string()))?;
     if items.len() > MAX_IMAGES {
         return Err(ImageError::document(WHAT, "it has too many images"));
     }
@@ -43,12 +45,21 @@ pub(super) fn read(archive: &mut Archive, table: &Table) -> Result<()> {
         let place = table.extent(&tar, &item.config)?;
         let config = read_bounded(&place, "image config")?;
         let config_blob = Descriptor::of(media_type::OCI_CONFIG, &config);
-        archive.blobs.insert(config_blob.digest, Place::Tar { offset: place.offset, size: place.size });
+        archive.blobs.insert(
+            config_blob.digest,
+            Place::Tar {
+                offset: place.offset,
+                size: place.size,
+            },
+        );
         let config = ImageConfig::parse(config)?;
 
         let paths = item.layers.unwrap_or_default();
         if paths.len() > MAX_LAYERS {
-            return Err(ImageError::Unsupported(format!("it has {} layers; the limit is {MAX_LAYERS}", paths.len())));
+            return Err(ImageError::Unsupported(format!(
+                "it has {} layers; the limit is {MAX_LAYERS}",
+                paths.len()
+            )));
         }
         let mut layers = Vec::with_capacity(paths.len());
         for (position, path) in paths.iter().enumerate() {
@@ -61,18 +72,30 @@ pub(super) fn read(archive: &mut Archive, table: &Table) -> Result<()> {
             // An uncompressed layer is its own diff id; a mismatch means that the archive is damaged.
             match config.diff_ids.get(position) {
                 Some(expected) if layer.media_type == media_type::OCI_LAYER && *expected != layer.digest => {
-                    return Err(ImageError::DigestMismatch { expected: *expected, actual: layer.digest });
+                    return Err(ImageError::DigestMismatch {
+                        expected: *expected,
+                        actual: layer.digest,
+                    });
                 }
                 _ => {}
             }
-            archive.blobs.insert(layer.digest, Place::Tar { offset: place.offset, size: place.size });
+            archive.blobs.insert(
+                layer.digest,
+                Place::Tar {
+                    offset: place.offset,
+                    size: place.size,
+                },
+            );
             layers.push(layer);
         }
         let manifest = Manifest::assemble(media_type::OCI_MANIFEST, config_blob, layers)?;
         config.check_matches(&manifest)?;
         archive.add_document(&manifest.raw)?;
         let root = Descriptor::of(media_type::OCI_MANIFEST, &manifest.raw);
-        archive.images.push(ArchivedImage { names: item.repo_tags.unwrap_or_default(), root });
+        archive.images.push(ArchivedImage {
+            names: item.repo_tags.unwrap_or_default(),
+            root,
+        });
     }
     Ok(())
 }

@@ -44,7 +44,10 @@ pub struct ArchiveOptions {
 
 impl Default for ArchiveOptions {
     fn default() -> Self {
-        Self { spool_dir: std::env::temp_dir(), max_spooled_bytes: 256 << 30 }
+        Self {
+            spool_dir: std::env::temp_dir(),
+            max_spooled_bytes: 256 << 30,
+        }
     }
 }
 
@@ -121,7 +124,12 @@ impl Archive {
     fn empty(tar: Option<File>, options: &ArchiveOptions) -> Result<Self> {
         let written = tempfile::tempfile_in(&options.spool_dir)
             .map_err(|error| ImageError::io("create a temporary file", error))?;
-        Ok(Self { blobs: HashMap::new(), images: Vec::new(), tar, written })
+        Ok(Self {
+            blobs: HashMap::new(),
+            images: Vec::new(),
+            tar,
+            written,
+        })
     }
 
     fn from_directory(dir: &Path, options: &ArchiveOptions) -> Result<Self> {
@@ -143,7 +151,10 @@ impl Archive {
             }
         }
         if !has_docker {
-            return Err(ImageError::document(WHAT, "it is neither a docker save nor an OCI archive"));
+            return Err(ImageError::document(
+                WHAT,
+                "it is neither a docker save nor an OCI archive",
+            ));
         }
         docker_save::read(&mut archive, &table)?;
         archive.checked()
@@ -178,27 +189,48 @@ impl Archive {
             }
         };
         found.ok_or_else(|| {
-            let names: Vec<_> = self.images.iter().flat_map(|image| image.names.iter()).take(32).cloned().collect();
+            let names: Vec<_> = self
+                .images
+                .iter()
+                .flat_map(|image| image.names.iter())
+                .take(32)
+                .cloned()
+                .collect();
             let wanted = name.unwrap_or("an unnamed single image");
             ImageError::NotFound(format!("{wanted} in the archive (it has: {})", names.join(", ")))
         })
     }
 
     fn place_of(&self, digest: &Digest) -> io::Result<Extent> {
-        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("blob {digest} is not in the archive"));
+        let missing = || {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("blob {digest} is not in the archive"),
+            )
+        };
         match self.blobs.get(digest).ok_or_else(missing)? {
             Place::File { path } => {
                 let file = File::open(path)?;
                 let size = file.metadata()?.len();
-                Ok(Extent { file, offset: 0, size })
+                Ok(Extent {
+                    file,
+                    offset: 0,
+                    size,
+                })
             }
             Place::Tar { offset, size } => {
                 let file = self.tar.as_ref().ok_or_else(missing)?.try_clone()?;
-                Ok(Extent { file, offset: *offset, size: *size })
+                Ok(Extent {
+                    file,
+                    offset: *offset,
+                    size: *size,
+                })
             }
-            Place::Written { offset, size } => {
-                Ok(Extent { file: self.written.try_clone()?, offset: *offset, size: *size })
-            }
+            Place::Written { offset, size } => Ok(Extent {
+                file: self.written.try_clone()?,
+                offset: *offset,
+                size: *size,
+            }),
         }
     }
 
@@ -212,7 +244,10 @@ impl Archive {
         let bytes = read_bounded(&extent, WHAT)?;
         match Digest::of(&bytes) {
             actual if actual == *digest => Ok(bytes),
-            actual => Err(ImageError::DigestMismatch { expected: *digest, actual }),
+            actual => Err(ImageError::DigestMismatch {
+                expected: *digest,
+                actual,
+            }),
         }
     }
 
@@ -222,7 +257,13 @@ impl Archive {
         let failed = |error| ImageError::io("write a temporary file", error);
         let offset = self.written.metadata().map_err(failed)?.len();
         self.written.write_all(bytes).map_err(failed)?;
-        self.blobs.insert(digest, Place::Written { offset, size: bytes.len() as u64 });
+        self.blobs.insert(
+            digest,
+            Place::Written {
+                offset,
+                size: bytes.len() as u64,
+            },
+        );
         Ok(digest)
     }
 }
@@ -230,10 +271,16 @@ impl Archive {
 /// Reads a range that must be a document, whole.
 fn read_bounded(extent: &Extent, what: &'static str) -> Result<Bytes> {
     if extent.size > MAX_DOCUMENT_BYTES {
-        return Err(ImageError::TooLarge { what: what.to_owned(), limit: MAX_DOCUMENT_BYTES });
+        return Err(ImageError::TooLarge {
+            what: what.to_owned(),
+            limit: MAX_DOCUMENT_BYTES,
+        });
     }
     let mut bytes = vec![0; extent.size as usize];
-    extent.file.read_exact_at(&mut bytes, extent.offset).map_err(|error| ImageError::io("read an archive", error))?;
+    extent
+        .file
+        .read_exact_at(&mut bytes, extent.offset)
+        .map_err(|error| ImageError::io("read an archive", error))?;
     Ok(bytes.into())
 }
 

@@ -33,7 +33,10 @@ struct Marker {
 /// [`ImageError::NotFound`] when an image is not complete.
 pub(super) fn read_tar(archive: &mut Archive, table: &Table) -> Result<()> {
     let read = |name: &str| {
-        let tar = archive.tar.as_ref().ok_or_else(|| ImageError::document(WHAT, "it is no tar"))?;
+        let tar = archive
+            .tar
+            .as_ref()
+            .ok_or_else(|| ImageError::document(WHAT, "it is no tar"))?;
         read_bounded(&table.extent(tar, name)?, WHAT)
     };
     check_marker(&read("oci-layout")?)?;
@@ -58,7 +61,14 @@ pub(super) fn read_directory(archive: &mut Archive, dir: &Path) -> Result<()> {
         };
         let file = File::open(dir.join(name)).map_err(failed)?;
         let size = file.metadata().map_err(failed)?.len();
-        read_bounded(&Extent { file, offset: 0, size }, WHAT)
+        read_bounded(
+            &Extent {
+                file,
+                offset: 0,
+                size,
+            },
+            WHAT,
+        )
     };
     check_marker(&read("oci-layout")?)?;
     let index = read("index.json")?;
@@ -74,8 +84,8 @@ pub(super) fn read_directory(archive: &mut Archive, dir: &Path) -> Result<()> {
 }
 
 fn check_marker(bytes: &[u8]) -> Result<()> {
-    let marker: Marker =
-        serde_json::from_slice(bytes).map_err(|error| ImageError::document("oci-layout", error.to_string()))?;
+    let marker: Marker = serde_json::from_slice(bytes)
+        .map_err(|error| ImageError::document("oci-layout", error.to_string()))?;
     match marker.image_layout_version.starts_with("1.") {
         true => Ok(()),
         false => Err(ImageError::document("oci-layout", "its version is not 1")),
@@ -89,7 +99,11 @@ fn add_images(archive: &mut Archive, index: bytes::Bytes) -> Result<()> {
     let mut images: Vec<ArchivedImage> = Vec::new();
     for entry in index.manifests.iter().take(MAX_IMAGES) {
         let root = complete_root(archive, entry)?;
-        let names = NAMES.iter().filter_map(|key| entry.annotations.get(*key).cloned()).take(1).collect();
+        let names = NAMES
+            .iter()
+            .filter_map(|key| entry.annotations.get(*key).cloned())
+            .take(1)
+            .collect();
         match images.iter_mut().find(|image| image.root.digest == root.digest) {
             Some(image) => image.names.extend::<Vec<_>>(names),
             None => images.push(ArchivedImage { names, root }),
@@ -116,7 +130,10 @@ fn complete_root(archive: &Archive, entry: &Descriptor) -> Result<Descriptor> {
     };
     let mut complete = Vec::new();
     for child in manifests {
-        let is_image = child.platform.as_ref().is_none_or(|platform| platform.os != "unknown");
+        let is_image = child
+            .platform
+            .as_ref()
+            .is_none_or(|platform| platform.os != "unknown");
         if is_image && first_missing(archive, &child)?.is_none() {
             complete.push(child);
         }

@@ -48,8 +48,8 @@ pub(super) fn spool(mut stream: Box<dyn Read + Send>, options: &ArchiveOptions) 
             Box::new(decoder)
         }
     };
-    let mut file =
-        tempfile::tempfile_in(&options.spool_dir).map_err(|error| ImageError::io("create a temporary file", error))?;
+    let mut file = tempfile::tempfile_in(&options.spool_dir)
+        .map_err(|error| ImageError::io("create a temporary file", error))?;
     let mut buffer = vec![0; 256 << 10];
     let mut total = 0;
     loop {
@@ -58,14 +58,21 @@ pub(super) fn spool(mut stream: Box<dyn Read + Send>, options: &ArchiveOptions) 
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) if compression.is_some() => {
-                return Err(ImageError::document(WHAT, format!("it cannot be decompressed: {error}")));
+                return Err(ImageError::document(
+                    WHAT,
+                    format!("it cannot be decompressed: {error}"),
+                ));
             }
             Err(error) => return Err(reading(error)),
         };
         total += count as u64;
         if total > options.max_spooled_bytes {
-            return Err(ImageError::TooLarge { what: WHAT.to_owned(), limit: options.max_spooled_bytes });
+            return Err(ImageError::TooLarge {
+                what: WHAT.to_owned(),
+                limit: options.max_spooled_bytes,
+            });
         }
-        file.write_all(&buffer[..count]).map_err(|error| ImageError::io("spool an archive", error))?;
+        file.write_all(&buffer[..count])
+            .map_err(|error| ImageError::io("spool an archive", error))?;
     }
 }

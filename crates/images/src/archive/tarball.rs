@@ -23,7 +23,10 @@ pub(super) struct Table {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Member {
-    File { offset: u64, size: u64 },
+    File {
+        offset: u64,
+        size: u64,
+    },
     /// Another member's normalised name; old `docker save` shares layers so.
     Link(String),
 }
@@ -51,9 +54,12 @@ impl Table {
 
     /// A member as a range of its archive.
     pub(super) fn extent(&self, tar: &File, name: &str) -> Result<Extent> {
-        let (offset, size) =
-            self.find(name).ok_or_else(|| ImageError::NotFound(format!("{name} in the image archive")))?;
-        let file = tar.try_clone().map_err(|error| ImageError::io("read an archive", error))?;
+        let (offset, size) = self
+            .find(name)
+            .ok_or_else(|| ImageError::NotFound(format!("{name} in the image archive")))?;
+        let file = tar
+            .try_clone()
+            .map_err(|error| ImageError::io("read an archive", error))?;
         Ok(Extent { file, offset, size })
     }
 }
@@ -62,9 +68,14 @@ impl Table {
 pub(super) fn index(file: &File) -> Result<Table> {
     let broken = |error: io::Error| ImageError::document(WHAT, format!("it is not a sound tar: {error}"));
     let invalid = |reason: &str| ImageError::document(WHAT, reason);
-    let length = file.metadata().map_err(|error| ImageError::io("read an archive", error))?.len();
+    let length = file
+        .metadata()
+        .map_err(|error| ImageError::io("read an archive", error))?
+        .len();
     let mut reader = file;
-    reader.rewind().map_err(|error| ImageError::io("read an archive", error))?;
+    reader
+        .rewind()
+        .map_err(|error| ImageError::io("read an archive", error))?;
     let mut archive = tar::Archive::new(reader);
     let mut table = Table::default();
     for (count, entry) in archive.entries_with_seek().map_err(broken)?.enumerate() {
@@ -78,7 +89,12 @@ pub(super) fn index(file: &File) -> Result<Table> {
         }
         let kind = entry.header().entry_type();
         // Names that are no text or lead outside are not ours to look up; nothing refers to them.
-        let Some(name) = std::str::from_utf8(&name_bytes).ok().and_then(|name| normalise("", name)) else { continue };
+        let Some(name) = std::str::from_utf8(&name_bytes)
+            .ok()
+            .and_then(|name| normalise("", name))
+        else {
+            continue;
+        };
         let member = if kind.is_file() || kind.is_contiguous() {
             let (offset, size) = (entry.raw_file_position(), entry.size());
             if offset.checked_add(size).is_none_or(|end| end > length) {
@@ -88,7 +104,10 @@ pub(super) fn index(file: &File) -> Result<Table> {
         } else if kind.is_symlink() || kind.is_hard_link() {
             let target = entry.link_name_bytes().unwrap_or_default();
             let base = if kind.is_symlink() { parent(&name) } else { "" };
-            match std::str::from_utf8(&target).ok().and_then(|target| normalise(base, target)) {
+            match std::str::from_utf8(&target)
+                .ok()
+                .and_then(|target| normalise(base, target))
+            {
                 Some(target) => Member::Link(target),
                 None => continue,
             }
@@ -132,7 +151,10 @@ mod tests {
     #[test]
     fn names_never_lead_outside() {
         assert_eq!(normalise("", "./a//b/./c").as_deref(), Some("a/b/c"));
-        assert_eq!(normalise("x/y", "../z/layer.tar").as_deref(), Some("x/z/layer.tar"));
+        assert_eq!(
+            normalise("x/y", "../z/layer.tar").as_deref(),
+            Some("x/z/layer.tar")
+        );
         assert_eq!(normalise("x", "../../etc/passwd"), None);
         assert_eq!(normalise("", "/etc/passwd"), None);
         assert_eq!(normalise("", "."), None);

@@ -140,7 +140,8 @@ pub(super) fn literal_address(host: &str) -> Option<IpAddr> {
 
 /// Whether a host text names this host, without asking a name server.
 fn is_loopback(host: &str) -> bool {
-    match literal_address(host) {
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    match literal_address(&host) {
         Some(address) => reach_of(address) == Some(Reach::Loopback),
         None => host == "localhost" || host.ends_with(".localhost"),
     }
@@ -287,6 +288,171 @@ impl Policy {
         ImageError::UnsafeServer {
             host: self.origin.host.clone(),
             reason: reason.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(reference: &str) -> Policy {
+        policy_with(reference, |_| {})
+    }
+
+    fn policy_with(reference: &str, change: impl FnOnce(&mut ClientOptions)) -> Policy {
+        let mut options = ClientOptions::default();
+        change(&mut options);
+        Policy::new(&Reference::parse(reference).unwrap(), &options).unwrap()
+    }
+
+    fn url(text: &str) -> Url {
+        Url::parse(text).unwrap()
+    }
+
+    #[test]
+    fn addresses_that_are_never_spoken_to() {
+        for address in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "169.254.169.254",
+            "169.254.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "240.0.0.1",
+            "192.0.0.192",
+            "100.100.100.200",
+            "192.0.2.1",
+            "::",
+            "fe80::1",
+            "febf::1",
+            "fec0::1",
+            "ff02::1",
+            "::ffff:169.254.169.254",
+            "::169.254.169.254",
+            "::ffff:0:169.254.169.254",
+            "64:ff9b::169.254.169.254",
+            "64:ff9b:1::1",
+            "2002:a9fe:a9fe::1",
+            "2001:db8::1",
+            "2001::1",
+            "100::1",
+            "fd00:ec2::254",
+        ] {
+            assert_eq!(reach_of(address.parse().unwrap()), None, "{address}");
+        }
+    }
+
+    #[test]
+    fn the_reach_of_ordinary_addresses() {
+        for (address, reach) in [
+            ("127.0.0.1", Reach::Loopback),
+            ("127.255.0.1", Reach::Loopback),
+            ("::1", Reach::Loopback),
+            ("::ffff:127.0.0.1", Reach::Loopback),
+            ("10.1.2.3", Reach::Private),
+            ("172.16.0.1", Reach::Private),
+            ("172.31.255.255", Reach::Private),
+            ("192.168.1.1", Reach::Private),
+            ("100.64.0.1", Reach::Private),
+            ("fd12::1", Reach::Private),
+            ("::ffff:10.0.0.1", Reach::Private),
+            ("64:ff9b::10.0.0.1", Reach::Private),
+            ("172.32.0.1", Reach::Public),
+            ("8.8.8.8", Reach::Public),
+            ("2606:4700::1111", Reach::Public),
+        ] {
+            assert_eq!(reach_of(address.parse().unwrap()), Some(reach), "{address}");
+        }
+    }
+
+    #[test]
+    fn http_is_for_loopback_and_listed_registries() {
+        for (reference, scheme) in [
+            ("localhost:5000/a", "http"),
+            ("127.0.0.1:5000/a", "http"),
+            ("[::1]:5000/a", "http"),
+            ("registry.localhost/a", "http"),
+            ("registry.example.com/a", "https"),
+            ("localhost.example.com/a", "https"),
+            ("alpine", "https"),
+            ("10.0.0.1:5000/a", "https"),
+        ] {
+            assert_eq!(policy(reference).origin.scheme, scheme, "{reference}");
+        }
+        let listed = |entry: &str, reference: &str| {
+            policy_with(reference, |options| options.insecure = vec![entry.to_owned()])
+                .origin
+                .scheme
+        };
+        assert_eq!(listed("10.0.0.1:5000", "10.0.0.1:5000/a"), "http");
+        assert_eq!(listed("Reg.Example.com", "reg.example.com:81/a"), "http");
+        assert_eq!(listed("10.0.0.1:5000", "10.0.0.1:5001/a"), "https");
+        assert_eq!(listed("example.com", "reg.example.com/a"), "https");
+    }
+
+    #[test]
+    fn docker_hub_is_served_by_another_host() {
+        assert_eq!(policy("alpine").base.as_str(), "https://registry-1.docker.io/");
+    }
+
+    #[test]
+    fn a_realm_must_be_https_and_on_a_host_that_may_be_contacted() {
+        let policy = policy("registry.example.com/a");
+        let allowed = |text: &str| policy.check_url(&url(text), Reach::Public, "token realm").is_ok();
+        assert!(allowed("https://auth.example.com/token"));
+        for refused in [
+            "http://auth.example.com/token",
+            "http://registry.example.com/token",
+            "http://localhost/token",
+            "https://user@auth.example.com/token",
+            "https://:pass@auth.example.com/token",
+            "https://127.0.0.1/token",
+            "https://localhost/token",
+            "https://LOCALHOST./token",
+            "https://[::1]/token",
+            "https://10.0.0.1/token",
+            "https://169.254.169.254/token",
+            "https://[::ffff:169.254.169.254]/token",
+            "https://0x7f.1/token",
+            "https://2130706433/token",
+            "ftp://auth.example.com/token",
+        ] {
+            assert!(!allowed(refused), "{refused}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_for_related_realms() {
+        let related = |reference: &str, realm: &str| policy(reference).is_related_realm(&url(realm));
+        for (reference, realm) in [
+            ("alpine", "https://auth.docker.io/token"),
+            ("ghcr.io/a/b", "https://ghcr.io/token"),
+            ("registry.gitlab.com/a/b", "https://gitlab.com/jwt/auth"),
+            (
+                "registry.example.com/a",
+                "https://auth.registry.example.com/token",
+            ),
+            ("registry.example.com:5000/a", "https://example.com/token"),
+            ("gitlab.example.com:5050/a", "https://gitlab.example.com/jwt/auth"),
+        ] {
+            assert!(related(reference, realm), "{reference} {realm}");
+        }
+        for (reference, realm) in [
+            ("alpine", "https://auth.docker.io.evil.example/token"),
+            ("alpine", "https://evil.example/token"),
+            ("ghcr.io/a/b", "https://auth.docker.io/token"),
+            (
+                "registry.example.com/a",
+                "https://evil-registry.example.com/token",
+            ),
+            ("registry.example.com/a", "https://evilregistry.example.com/token"),
+            ("a.github.io/x", "https://b.github.io/token"),
+            ("registry.example.com/a", "https://com/token"),
+            ("10.0.0.1/a", "https://0.0.1/token"),
+            ("10.0.0.1/a", "https://10.0.0.2/token"),
+        ] {
+            assert!(!related(reference, realm), "{reference} {realm}");
         }
     }
 }
