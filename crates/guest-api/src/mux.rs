@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufWriter},
+    io::{AsyncRead, AsyncWrite, BufStream},
     sync::{mpsc, oneshot},
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
@@ -21,8 +21,8 @@ pub const MAXIMUM_STREAMS: usize = 128;
 
 const WINDOW: usize = 256 * 1024;
 
-/// Bytes that are gathered before they are written, so that a yamux header and its body travel together.
-const WRITE_BUFFER: usize = 32 * 1024;
+/// Bytes that are gathered before they are written or read, so that a yamux header and its body travel together.
+const BUFFER: usize = 32 * 1024;
 
 /// One stream of a connection.
 pub type MuxStream = Compat<yamux::Stream>;
@@ -38,11 +38,11 @@ fn config() -> yamux::Config {
     config
 }
 
-type Connection<S> = yamux::Connection<Compat<BufWriter<S>>>;
+type Connection<S> = yamux::Connection<Compat<BufStream<S>>>;
 
 fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, mode: yamux::Mode) -> Connection<S> {
     yamux::Connection::new(
-        BufWriter::with_capacity(WRITE_BUFFER, stream).compat(),
+        BufStream::with_capacity(BUFFER, BUFFER, stream).compat(),
         config(),
         mode,
     )

@@ -16,7 +16,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{Notify, Semaphore, mpsc, oneshot, watch},
 };
 
 use crate::{
@@ -46,6 +46,7 @@ pub struct GuestClient {
 struct Connection {
     openings: mpsc::Sender<Opening>,
     closed: watch::Receiver<bool>,
+    close: Arc<Notify>,
     /// One permit a stream: the guest refuses a connection with too many, so we wait instead.
     streams: Arc<Semaphore>,
 }
@@ -148,8 +149,13 @@ impl GuestClient {
                 })?;
             let (openings, requests) = mpsc::channel(16);
             let (closing, closed) = watch::channel(false);
+            let close = Arc::new(Notify::new());
+            let asked = Arc::clone(&close);
             tokio::spawn(async move {
-                mux::drive_host(stream, requests).await;
+                tokio::select! {
+                    () = mux::drive_host(stream, requests) => {}
+                    () = asked.notified() => {}
+                }
                 closing.send_replace(true);
             });
             // Some room is left for streams that are closed here and not yet forgotten by the guest.
@@ -157,6 +163,7 @@ impl GuestClient {
             let connection = Arc::new(Connection {
                 openings,
                 closed,
+                close,
                 streams,
             });
             let (channel, reply) = connection.open(&Request::Events).await?;
@@ -285,6 +292,11 @@ impl GuestClient {
     /// [`ChannelError::Deadline`] when none came in time, or those of the channel.
     pub async fn ping(&self, deadline: Duration) -> Result<(), ChannelError> {
         done(self.connection.ask(&Request::Ping, deadline).await?)
+    }
+
+    /// Ends the connection now, under all sessions that still use it.
+    pub fn close(&self) {
+        self.connection.close.notify_one();
     }
 
     /// Resolves when the connection is gone.

@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     io::Errno,
     pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
 };
@@ -61,24 +62,22 @@ fn move_all(reader: &OwnedFd, sink: &File) {
     let mut spliceable = true;
     let mut buffer = vec![0; 16 * 1024];
     loop {
-        let moved = if spliceable {
-            splice(reader, None, sink.as_fd(), None, 64 * 1024, SpliceFlags::MOVE)
-        } else {
-            rustix::io::read(reader, &mut buffer).and_then(|count| {
-                write_all(sink, &buffer[..count])?;
-                Ok(count)
-            })
-        };
-        match moved {
-            Ok(0) => return,
-            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(_) if spliceable => spliceable = false,
-            // A sink that fails loses what comes; the program must not block on it.
-            Err(_) => {
-                if matches!(rustix::io::read(reader, &mut buffer), Ok(0)) {
-                    return;
-                }
+        // The port answers an empty pipe with 0 bytes at once, so the wait is ours, and so is telling the end.
+        let mut set = [PollFd::new(reader, PollFlags::IN)];
+        if poll(&mut set, None).is_err() {
+            continue;
+        }
+        if !set[0].revents().contains(PollFlags::IN) {
+            return;
+        }
+        if spliceable {
+            match splice(reader, None, sink.as_fd(), None, 64 * 1024, SpliceFlags::MOVE) {
+                Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(_) => spliceable = false,
             }
+        } else if let Ok(count) = rustix::io::read(reader, &mut buffer) {
+            // A sink that fails loses what comes; the program must not block on it.
+            let _ = write_all(sink, &buffer[..count]);
         }
     }
 }
