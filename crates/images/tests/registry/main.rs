@@ -7,3 +7,4 @@ mod pull;
 mod push;
 mod security;
 mod support;
+mod tls;
