@@ -26,14 +26,14 @@ pub fn begin(connection: &Connection, subject: &str, operation: &str) -> Result<
     Ok(connection.last_insert_rowid())
 }
 
-/// Records that the operation has its outcome. Goes into the same transaction as that outcome.
+/// Removes all entries of a subject: its present state is what was wanted.
 ///
 /// # Errors
 /// The database fails.
-pub fn finish(connection: &Connection, id: i64) -> Result<(), StoreError> {
+pub fn clear(connection: &Connection, subject: &str) -> Result<(), StoreError> {
     connection
-        .prepare_cached("DELETE FROM journal WHERE id = ?1")?
-        .execute([id])?;
+        .prepare_cached("DELETE FROM journal WHERE subject = ?1")?
+        .execute([subject])?;
     Ok(())
 }
 

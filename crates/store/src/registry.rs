@@ -104,6 +104,16 @@ pub fn delete_manifest(connection: &Connection, repository: &str, digest: &str) 
     Ok(removed > 0)
 }
 
+/// Whether any tag points to a manifest.
+///
+/// # Errors
+/// The database fails.
+pub fn has_tags(connection: &Connection, repository: &str, digest: &str) -> Result<bool, StoreError> {
+    Ok(connection
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM registry_tags WHERE repository = ?1 AND digest = ?2)")?
+        .query_row(params![repository, digest], |row| row.get(0))?)
+}
+
 /// The tags of a repository, sorted. `None` for a repository that holds nothing.
 ///
 /// # Errors

@@ -1,0 +1,55 @@
+//! File operations that survive power loss, and the lock of the data directory.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::EngineError;
+
+/// Makes the entries of `directory` durable.
+pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+/// Renames within one file system so that the new name survives power loss. The content must be synced already.
+pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::rename(from, to)?;
+    to.parent().map_or(Ok(()), sync_directory)
+}
+
+/// Removes a tree that may not exist.
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Holds the data directory for this process until dropped.
+#[derive(Debug)]
+pub(crate) struct DirectoryLock(#[allow(dead_code)] File);
+
+/// Takes the lock, or says who can't share.
+pub(crate) fn lock_directory(path: &Path) -> Result<DirectoryLock, EngineError> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| EngineError::io(format!("open {}", path.display()), error))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
+        let message = format!(
+            "another server uses this data directory ({} is locked)",
+            path.display()
+        );
+        EngineError::Io {
+            context: message,
+            source: error.into(),
+        }
+    })?;
+    Ok(DirectoryLock(file))
+}

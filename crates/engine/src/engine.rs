@@ -1,0 +1,529 @@
+//! The engine as the server sees it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hypeman_core::instance::InstanceState;
+use hypeman_guest_api::host::GuestClient;
+use hypeman_images::{BlobStore, Digest};
+use hypeman_kernel::{BootArtifacts, Kernels};
+use hypeman_network::{Address, Network, NetworkError};
+use hypeman_store::Store;
+use hypeman_vmm::{Vmm, VmmKind, Vmms};
+use tokio::sync::{OnceCell, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::capabilities::{self, HostCapabilities};
+use crate::durable::{DirectoryLock, lock_directory};
+use crate::images::{Catalog, CreateImage, Image, RegistryManifest};
+use crate::instances::{
+    self, CreateInstance, Instance, InstanceFilter, InstanceRecord, InstanceStats, InstanceUpdate,
+    LogFollower, LogSource, Request, Slot, StartOverrides, Table, WaitOutcome,
+};
+use crate::layout::{Layout, make_private};
+use crate::{EngineError, EngineOptions};
+
+/// How often blobs and uploads that nobody needs are looked for.
+const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// What all parts of the engine share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) options: EngineOptions,
+    pub(crate) layout: Layout,
+    pub(crate) store: Store,
+    pub(crate) table: Table,
+    pub(crate) images: Arc<Catalog>,
+    pub(crate) vmms: Vmms,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) closing: CancellationToken,
+    kernels: Kernels,
+    artifacts: OnceCell<BootArtifacts>,
+    known_artifacts: Mutex<HashMap<String, BootArtifacts>>,
+    network: OnceCell<Network>,
+    addresses: Mutex<BTreeSet<Ipv4Addr>>,
+    _lock: DirectoryLock,
+}
+
+impl Shared {
+    pub(crate) fn vmm(&self, kind: VmmKind) -> Result<Arc<dyn Vmm>, EngineError> {
+        self.vmms.get(kind).ok_or_else(|| {
+            EngineError::invalid(
+                "invalid_request",
+                "this server does not drive this hypervisor; GET /capabilities lists what is available",
+            )
+        })
+    }
+
+    /// The bridge, set up at the first use.
+    pub(crate) async fn network(&self) -> Result<&Network, EngineError> {
+        Ok(self
+            .network
+            .get_or_try_init(|| Network::open(self.options.network.clone()))
+            .await?)
+    }
+
+    /// Kernel and initramfs of new instances.
+    pub(crate) async fn current_artifacts(&self) -> Result<BootArtifacts, EngineError> {
+        let made = self.artifacts.get_or_try_init(|| async {
+            let (kernels, program) = (self.kernels.clone(), self.options.guest_program.clone());
+            tokio::task::spawn_blocking(move || kernels.prepare(&program))
+                .await
+                .map_err(|error| EngineError::io("prepare the guest kernel", error.into()))?
+                .map_err(EngineError::from)
+        });
+        Ok(made.await?.clone())
+    }
+
+    /// Kernel and initramfs that an instance started with.
+    pub(crate) async fn boot_artifacts(&self, id: &str) -> Result<BootArtifacts, EngineError> {
+        match self.known_artifacts(id) {
+            Some(artifacts) => Ok(artifacts),
+            None => Ok(self.kernels.load(id)?),
+        }
+    }
+
+    /// The same without an error: for cleaning up.
+    pub(crate) fn known_artifacts(&self, id: &str) -> Option<BootArtifacts> {
+        let mut known = self
+            .known_artifacts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(artifacts) = known.get(id) {
+            return Some(artifacts.clone());
+        }
+        let artifacts = self.kernels.load(id).ok()?;
+        known.insert(id.to_owned(), artifacts.clone());
+        Some(artifacts)
+    }
+
+    /// Chooses an address and holds it, in one step.
+    pub(crate) fn reserve_address(
+        &self,
+        choose: impl FnOnce(&BTreeSet<Ipv4Addr>) -> Result<Address, NetworkError>,
+    ) -> Result<Address, EngineError> {
+        let mut held = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = choose(&held)?;
+        held.insert(address.ip);
+        Ok(address)
+    }
+
+    pub(crate) fn hold_address(&self, record: &InstanceRecord) {
+        if let Some(network) = &record.network {
+            self.addresses
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(network.ip);
+        }
+    }
+
+    /// Gives back what an instance holds besides its files: the address and its claim on the image.
+    pub(crate) async fn release(&self, record: &InstanceRecord) {
+        if let Some(network) = &record.network {
+            self.addresses
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&network.ip);
+        }
+        self.images.release(&record.image_digest);
+        self.images.collect_unused(&record.image_digest).await;
+    }
+}
+
+/// One server's instances and images. All methods may be called concurrently.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Takes the data directory, finishes what a crash cut, and adopts what still runs. The API may answer when
+    /// this returns.
+    ///
+    /// # Errors
+    /// Another server holds the directory, or it can't be read or written.
+    pub async fn open(options: EngineOptions) -> Result<Arc<Self>, EngineError> {
+        make_private(&options.data_directory)?;
+        let lock = lock_directory(&options.data_directory.join("lock"))?;
+        let layout = Layout::create(&options.data_directory)?;
+        let store = Store::open(&layout.database())?;
+        let (tasks, closing) = (TaskTracker::new(), CancellationToken::new());
+        let images = Catalog::open(
+            store.clone(),
+            layout.clone(),
+            options.images.clone(),
+            options.limits,
+            tasks.clone(),
+            closing.clone(),
+        )
+        .await?;
+        let kernels = Kernels::open(&layout.system(), options.kernel.clone())?;
+        let vmms = Vmms::detect(options.vmm.clone());
+        let shared = Arc::new(Shared {
+            options,
+            layout,
+            store,
+            table: Table::default(),
+            images,
+            vmms,
+            tasks,
+            closing,
+            kernels,
+            artifacts: OnceCell::new(),
+            known_artifacts: Mutex::default(),
+            network: OnceCell::new(),
+            addresses: Mutex::default(),
+            _lock: lock,
+        });
+        instances::recover(&shared).await?;
+        shared.images.recover().await?;
+        let engine = Self { shared };
+        engine.start_housekeeping();
+        Ok(Arc::new(engine))
+    }
+
+    fn start_housekeeping(&self) {
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(async move {
+            // The first instance should not wait for this; what fails here is told to whoever creates one.
+            if let Err(error) = shared.current_artifacts().await {
+                tracing::warn!(%error, "no guest kernel yet");
+            }
+        });
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(async move {
+            let closing = shared.closing.clone();
+            let mut rotation = tokio::time::interval(shared.options.logs.rotate_interval);
+            let mut collection = tokio::time::interval(COLLECTION_INTERVAL);
+            loop {
+                tokio::select! {
+                    () = closing.cancelled() => return,
+                    _ = rotation.tick() => {
+                        for slot in shared.table.slots() {
+                            // A driver that is busy looks at the next turn.
+                            let _ = slot.requests.try_send(Request::RotateLogs);
+                        }
+                    }
+                    _ = collection.tick() => if let Err(error) = shared.images.collect_blobs().await {
+                        tracing::warn!(%error, "blob collection");
+                    },
+                }
+            }
+        });
+    }
+
+    /// Stops all tasks. Virtual machines run on and are adopted by the next server.
+    pub async fn close(&self) {
+        self.shared.closing.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+
+    /// What this host can do now.
+    pub async fn capabilities(&self) -> HostCapabilities {
+        capabilities::probe(&self.shared).await
+    }
+
+    /// Asks for an image; its digest is known when this returns, the rest happens in the background.
+    ///
+    /// # Errors
+    /// The reference is bad, or the registry does not know it.
+    pub async fn create_image(&self, request: CreateImage) -> Result<Image, EngineError> {
+        self.shared.images.create(request).await
+    }
+
+    /// All images with these tags, by name.
+    pub fn list_images(&self, tags: &BTreeMap<String, String>) -> Vec<Image> {
+        self.shared.images.list(tags)
+    }
+
+    /// Finds an image by any form of its reference.
+    ///
+    /// # Errors
+    /// Not a reference, or not here.
+    pub fn get_image(&self, name: &str) -> Result<Image, EngineError> {
+        self.shared.images.get(name)
+    }
+
+    /// Removes a reference; the content goes with the last one that nothing boots from.
+    ///
+    /// # Errors
+    /// Not a reference, or not here.
+    pub async fn delete_image(&self, name: &str) -> Result<(), EngineError> {
+        self.shared.images.delete(name).await
+    }
+
+    /// Gives an image that is ready another name.
+    ///
+    /// # Errors
+    /// Not here, not ready, or the target is no reference with a tag.
+    pub async fn tag_image(&self, name: &str, target: &str) -> Result<Image, EngineError> {
+        self.shared.images.tag(name, target).await
+    }
+
+    /// The blobs behind images and registry.
+    pub fn blobs(&self) -> &BlobStore {
+        self.shared.images.blobs()
+    }
+
+    /// Finds a manifest of the registry by tag or digest.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn registry_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+    ) -> Result<Option<RegistryManifest>, EngineError> {
+        self.shared.images.manifest(repository, reference)
+    }
+
+    /// Accepts a manifest and starts to make an image of it, named `<host>/<repository>:<tag>`.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] with the registry's code `MANIFEST_INVALID` or `MANIFEST_BLOB_UNKNOWN`, or what
+    /// parsing it says.
+    pub async fn registry_put_manifest(
+        &self,
+        host: &str,
+        repository: &str,
+        reference: &str,
+        media_type: &str,
+        bytes: Bytes,
+    ) -> Result<Digest, EngineError> {
+        self.shared
+            .images
+            .put_manifest(host, repository, reference, media_type, bytes)
+            .await
+    }
+
+    /// Removes a tag, or a manifest with all its tags. `false` when there was none.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub async fn registry_delete_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+    ) -> Result<bool, EngineError> {
+        self.shared.images.delete_manifest(repository, reference).await
+    }
+
+    /// Tags of a repository, sorted; `None` for one that is unknown.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn registry_tags(&self, repository: &str) -> Result<Option<Vec<String>>, EngineError> {
+        self.shared.images.repository_tags(repository)
+    }
+
+    /// Id of the instance that `text` means: id, then name, then prefix of an id.
+    ///
+    /// # Errors
+    /// None, or several.
+    pub fn resolve_instance(&self, text: &str) -> Result<String, EngineError> {
+        self.shared.table.resolve(text)
+    }
+
+    /// Instances as last published, by id.
+    pub fn list_instances(&self, filter: &InstanceFilter) -> Vec<Arc<Instance>> {
+        self.shared.table.list(filter)
+    }
+
+    /// Grows with each change of any published instance.
+    pub fn instances_version(&self) -> u64 {
+        self.shared.table.version()
+    }
+
+    /// An instance as last published.
+    ///
+    /// # Errors
+    /// No such id.
+    pub fn get_instance(&self, id: &str) -> Result<Arc<Instance>, EngineError> {
+        Ok(self.shared.table.get(id)?.published.borrow().clone())
+    }
+
+    /// Creates an instance and boots it; returns when its VMM runs, usually while the guest still starts.
+    ///
+    /// # Errors
+    /// The request, the image or the host does not allow it. Nothing is left behind.
+    pub async fn create_instance(&self, request: CreateInstance) -> Result<Arc<Instance>, EngineError> {
+        // Detached: a client that goes away must not leave a creation half done.
+        let shared = Arc::clone(&self.shared);
+        let work = self
+            .shared
+            .tasks
+            .spawn(async move { instances::create(&shared, request).await });
+        work.await
+            .map_err(|error| EngineError::io("create", error.into()))?
+    }
+
+    /// Boots a stopped instance.
+    ///
+    /// # Errors
+    /// It is not stopped, or the host does not allow it.
+    pub async fn start_instance(
+        &self,
+        id: &str,
+        overrides: StartOverrides,
+    ) -> Result<Arc<Instance>, EngineError> {
+        self.ask(id, |reply| Request::Start(overrides, reply)).await
+    }
+
+    /// Powers an instance off: politely, then by force.
+    ///
+    /// # Errors
+    /// Nothing runs.
+    pub async fn stop_instance(&self, id: &str) -> Result<Arc<Instance>, EngineError> {
+        self.ask(id, Request::Stop).await
+    }
+
+    /// Changes what may change.
+    ///
+    /// # Errors
+    /// The value is bad, or its time is over.
+    pub async fn update_instance(
+        &self,
+        id: &str,
+        update: InstanceUpdate,
+    ) -> Result<Arc<Instance>, EngineError> {
+        self.ask(id, |reply| Request::Update(update, reply)).await
+    }
+
+    /// Removes an instance for good.
+    ///
+    /// # Errors
+    /// A step failed; the rest is finished by another call or the next start.
+    pub async fn delete_instance(&self, id: &str, graceful: bool) -> Result<(), EngineError> {
+        if !graceful {
+            self.shared.table.get(id)?.hurry.notify_waiters();
+        }
+        self.ask(id, |reply| Request::Delete { graceful, reply }).await
+    }
+
+    /// Waits until the instance is in `target`, is settled in another state, or `timeout` is over.
+    ///
+    /// # Errors
+    /// No such instance, also when it is deleted meanwhile.
+    pub async fn wait_instance(
+        &self,
+        id: &str,
+        target: InstanceState,
+        timeout: Duration,
+    ) -> Result<WaitOutcome, EngineError> {
+        let mut published = self.shared.table.get(id)?.published.clone();
+        let waiting = async {
+            let settled = |instance: &Arc<Instance>| instance.state == target || instance.state.is_settled();
+            published
+                .wait_for(settled)
+                .await
+                .map(|instance| Arc::clone(&instance))
+        };
+        let (instance, timed_out) = match tokio::time::timeout(timeout, waiting).await {
+            Ok(Ok(instance)) => (instance, false),
+            Ok(Err(_)) => return Err(not_found(id)),
+            Err(_) => (self.get_instance(id)?, true),
+        };
+        Ok(WaitOutcome {
+            state: instance.state,
+            state_error: instance.state_error.clone(),
+            timed_out,
+        })
+    }
+
+    /// The agent of a running instance.
+    ///
+    /// # Errors
+    /// It is not running, or has no agent.
+    pub fn guest(&self, id: &str) -> Result<GuestClient, EngineError> {
+        let slot = self.shared.table.get(id)?;
+        let instance = slot.published.borrow().clone();
+        if instance.state != InstanceState::Running {
+            let message = format!("instance must be running (current state: {})", instance.state);
+            return Err(EngineError::InvalidState(message));
+        }
+        if instance.record.skip_guest_agent {
+            return Err(EngineError::InvalidState(
+                "the instance was created with skip_guest_agent".into(),
+            ));
+        }
+        slot.live.client().ok_or_else(|| {
+            EngineError::InvalidState("the guest agent is not connected; retry in a moment".into())
+        })
+    }
+
+    /// Usage of an instance; zeros when nothing runs.
+    ///
+    /// # Errors
+    /// No such instance.
+    pub async fn instance_stats(&self, id: &str) -> Result<InstanceStats, EngineError> {
+        let slot = self.shared.table.get(id)?;
+        let record = Arc::clone(&slot.published.borrow().record);
+        let mut stats = InstanceStats {
+            allocated_vcpus: record.vcpus,
+            allocated_memory_bytes: record.memory_bytes + record.hotplug_bytes,
+            ..InstanceStats::default()
+        };
+        let Some(machine) = slot.live.machine() else {
+            return Ok(stats);
+        };
+        // A process that ends meanwhile uses nothing.
+        if let Ok(usage) = machine.stats() {
+            stats.cpu_seconds = usage.cpu_seconds;
+            stats.memory_rss_bytes = usage.memory_rss_bytes;
+            stats.memory_vms_bytes = usage.memory_vms_bytes;
+        }
+        if let Some(network) = &record.network
+            && let Ok(traffic) = self.shared.network().await?.stats(&network.tap)
+        {
+            stats.network_rx_bytes = traffic.rx_bytes;
+            stats.network_tx_bytes = traffic.tx_bytes;
+        }
+        Ok(stats)
+    }
+
+    /// A log of an instance from its last `tail` lines on.
+    ///
+    /// # Errors
+    /// No such instance, or the log was never written.
+    pub async fn instance_logs(
+        &self,
+        id: &str,
+        source: LogSource,
+        tail: usize,
+        follow: bool,
+    ) -> Result<LogFollower, EngineError> {
+        let slot = self.shared.table.get(id)?;
+        let path = self.shared.layout.logs(&slot.id).join(source.file_name());
+        LogFollower::open(&path, self.shared.options.logs.max_files, tail, follow).await
+    }
+
+    async fn ask<T>(
+        &self,
+        id: &str,
+        request: impl FnOnce(oneshot::Sender<Result<T, EngineError>>) -> Request,
+    ) -> Result<T, EngineError> {
+        let slot: Arc<Slot> = self.shared.table.get(id)?;
+        let (reply, answer) = oneshot::channel();
+        let gone = || {
+            if self.shared.closing.is_cancelled() {
+                EngineError::ShuttingDown
+            } else {
+                not_found(id)
+            }
+        };
+        slot.requests.send(request(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+fn not_found(id: &str) -> EngineError {
+    EngineError::NotFound {
+        kind: "instance",
+        name: id.to_owned(),
+    }
+}

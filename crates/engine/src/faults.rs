@@ -1,0 +1,60 @@
+//! Named instants at which tests cut the process, as `kill -9` would.
+//!
+//! Without the feature `fault-points` nothing here is compiled into the product but an empty inline function.
+
+/// Every instant, in the order in which the operations pass them. Tests iterate over this list.
+pub const ALL: &[&str] = &[
+    "image.recorded",
+    "image.pulled",
+    "image.converted",
+    "image.renamed",
+    "image.ready",
+    "image.delete.unrecorded",
+    "push.manifest.stored",
+    "push.manifest.recorded",
+    "create.recorded",
+    "create.disks",
+    "create.network",
+    "create.launched",
+    "create.committed",
+    "start.recorded",
+    "start.network",
+    "start.launched",
+    "start.committed",
+    "stop.recorded",
+    "stop.guest_down",
+    "stop.detached",
+    "stop.committed",
+    "delete.recorded",
+    "delete.guest_down",
+    "delete.detached",
+    "delete.files",
+    "delete.committed",
+];
+
+/// Ends the process here when a test asked for it through `HYPEMAN_FAULT`.
+#[inline]
+pub fn point(name: &str) {
+    #[cfg(feature = "fault-points")]
+    armed::pass(name);
+    #[cfg(not(feature = "fault-points"))]
+    let _ = name;
+}
+
+#[cfg(feature = "fault-points")]
+mod armed {
+    use std::sync::OnceLock;
+
+    pub(super) fn pass(name: &str) {
+        static WANTED: OnceLock<Option<String>> = OnceLock::new();
+        debug_assert!(super::ALL.contains(&name), "{name} is not listed");
+        let wanted = WANTED.get_or_init(|| std::env::var("HYPEMAN_FAULT").ok());
+        if wanted.as_deref() == Some(name) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+            // The signal is delivered before the call returns to user code; this is never reached.
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}

@@ -1,0 +1,545 @@
+//! The images of the server: an index in memory over what is stored.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hypeman_images::{
+    BlobStore, BlobStoreOptions, ClientOptions, Credentials, ImageError, Platform, Reference, RegistryClient,
+};
+use hypeman_store::Store;
+use jiff::Timestamp;
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::job::Progress;
+use super::model::{Content, CreateImage, Image, ImageStatus, ReferenceRecord, RuntimeConfig};
+use crate::layout::Layout;
+use crate::{EngineError, ImageOptions, Limits, faults};
+
+/// Pulls at once; each fetches several blobs in parallel.
+const CONCURRENT_PULLS: usize = 3;
+
+/// All images and the jobs that make them.
+pub(crate) struct Catalog {
+    pub(super) store: Store,
+    pub(super) layout: Layout,
+    pub(super) blobs: BlobStore,
+    pub(super) client: RegistryClient,
+    pub(super) options: ImageOptions,
+    pub(super) limits: Limits,
+    pub(super) tasks: TaskTracker,
+    pub(super) closing: CancellationToken,
+    pub(super) pulls: Semaphore,
+    pub(super) conversions: Semaphore,
+    pub(super) state: Mutex<State>,
+    /// Fires whenever any image changes.
+    pub(super) changed: Notify,
+}
+
+impl std::fmt::Debug for Catalog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Catalog").finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) contents: HashMap<String, Content>,
+    /// Canonical name → digest and record.
+    pub(super) references: BTreeMap<String, (String, ReferenceRecord)>,
+    pub(super) jobs: HashMap<String, Arc<Job>>,
+    pub(super) next_job: u64,
+    /// Digests that instances boot from, with their number.
+    pub(super) in_use: HashMap<String, usize>,
+}
+
+/// A content being made.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) number: u64,
+    pub(super) credentials: Option<Credentials>,
+    pub(super) progress: Progress,
+    pub(super) cancel: CancellationToken,
+}
+
+impl Catalog {
+    pub(crate) async fn open(
+        store: Store,
+        layout: Layout,
+        options: ImageOptions,
+        limits: Limits,
+        tasks: TaskTracker,
+        closing: CancellationToken,
+    ) -> Result<Arc<Self>, EngineError> {
+        let blobs = BlobStore::open(layout.blobs(), BlobStoreOptions::default()).await?;
+        let client = RegistryClient::new(ClientOptions {
+            insecure: options.insecure_registries.clone(),
+            docker_config: options.docker_config.clone(),
+            ..ClientOptions::default()
+        })?;
+        let contents: Vec<Content> = store.read(hypeman_store::images::contents)?;
+        let references: Vec<(String, String, ReferenceRecord)> =
+            store.read(hypeman_store::images::references)?;
+        let state = State {
+            contents: contents
+                .into_iter()
+                .map(|content| (content.digest.clone(), content))
+                .collect(),
+            references: references
+                .into_iter()
+                .map(|(name, digest, record)| (name, (digest, record)))
+                .collect(),
+            ..State::default()
+        };
+        Ok(Arc::new(Self {
+            store,
+            layout,
+            blobs,
+            client,
+            pulls: Semaphore::new(CONCURRENT_PULLS),
+            conversions: Semaphore::new(limits.max_concurrent_builds.max(1)),
+            options,
+            limits,
+            tasks,
+            closing,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+        }))
+    }
+
+    pub(crate) fn blobs(&self) -> &BlobStore {
+        &self.blobs
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for an image. The digest is known when this returns, so a bad reference fails here.
+    pub(crate) async fn create(self: &Arc<Self>, request: CreateImage) -> Result<Image, EngineError> {
+        let reference = Reference::parse(&request.name)?;
+        let platform = match &request.platform {
+            Some(text) => Platform::parse_supported(text)?,
+            None => Platform::host(),
+        };
+        let name = reference.to_string();
+        // What was pushed here has no upstream to ask.
+        if let Some(image) = self.pushed(&name) {
+            return Ok(image);
+        }
+        let resolved = match self
+            .client
+            .resolve(&reference, &platform, request.credentials.as_ref())
+            .await
+        {
+            Ok(resolved) => resolved,
+            Err(error @ ImageError::Network { .. }) => {
+                return self.ready(&name).ok_or_else(|| error.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let digest = resolved.digest.to_string();
+        self.check_disk(resolved.manifest.layer_bytes(), &digest)?;
+        let mut blobs = vec![digest.clone(), resolved.manifest.config.digest.to_string()];
+        blobs.extend(
+            resolved
+                .manifest
+                .layers
+                .iter()
+                .map(|layer| layer.digest.to_string()),
+        );
+        let content = Content {
+            digest: digest.clone(),
+            platform: platform.to_string(),
+            status: ImageStatus::Pending,
+            error: None,
+            size_bytes: None,
+            config: RuntimeConfig::default(),
+            upstream: Some(reference.with_digest(resolved.digest).to_string()),
+            blobs,
+        };
+        self.blobs.put_bytes(resolved.manifest.raw.clone()).await?;
+        self.adopt(name, content, request.tags, request.credentials).await
+    }
+
+    /// Makes `name` point to `content` and sees to it that the content gets made.
+    pub(super) async fn adopt(
+        self: &Arc<Self>,
+        name: String,
+        content: Content,
+        tags: BTreeMap<String, String>,
+        credentials: Option<Credentials>,
+    ) -> Result<Image, EngineError> {
+        let digest = content.digest.clone();
+        let (content, fresh, previous) = {
+            let state = self.state();
+            if let Some(job) = state.jobs.get(&digest)
+                && job.credentials != credentials
+            {
+                return Err(EngineError::CredentialConflict);
+            }
+            let known = state
+                .contents
+                .get(&digest)
+                .filter(|known| known.status != ImageStatus::Failed);
+            let previous = state.references.get(&name).cloned();
+            (known.cloned().unwrap_or(content), known.is_none(), previous)
+        };
+        let record = match &previous {
+            Some((_, record)) if tags.is_empty() => record.clone(),
+            Some((_, record)) => ReferenceRecord {
+                tags,
+                created_at: record.created_at,
+            },
+            None => ReferenceRecord {
+                tags,
+                created_at: Timestamp::now(),
+            },
+        };
+        let (stored, stored_name, stored_record) = (content.clone(), name.clone(), record.clone());
+        self.store
+            .write(move |connection| {
+                if fresh {
+                    hypeman_store::images::put_content(connection, &stored.digest, &stored)?;
+                }
+                hypeman_store::images::put_reference(connection, &stored_name, &stored.digest, &stored_record)
+            })
+            .await?;
+        faults::point("image.recorded");
+        {
+            let mut state = self.state();
+            if fresh {
+                state.contents.insert(digest.clone(), content);
+            }
+            state.references.insert(name.clone(), (digest.clone(), record));
+        }
+        if fresh {
+            self.start_job(&digest, credentials);
+        }
+        self.changed.notify_waiters();
+        if let Some((old, _)) = previous
+            && old != digest
+        {
+            self.collect_unused(&old).await;
+        }
+        self.get(&name)
+    }
+
+    /// Resumes what a crash cut and removes what belongs to nothing.
+    pub(crate) async fn recover(self: &Arc<Self>) -> Result<(), EngineError> {
+        self.sweep_files()?;
+        let pending: Vec<String> = self
+            .state()
+            .contents
+            .values()
+            .filter(|content| content.status == ImageStatus::Pending)
+            .map(|content| content.digest.clone())
+            .collect();
+        for digest in pending {
+            self.start_job(&digest, None);
+        }
+        let unused: Vec<String> = {
+            let state = self.state();
+            let referenced: BTreeSet<&String> = state.references.values().map(|(digest, _)| digest).collect();
+            let lonely =
+                |digest: &&String| !referenced.contains(digest) && !state.in_use.contains_key(*digest);
+            state.contents.keys().filter(lonely).cloned().collect()
+        };
+        for digest in unused {
+            self.collect_unused(&digest).await;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn list(&self, tags: &BTreeMap<String, String>) -> Vec<Image> {
+        let state = self.state();
+        state
+            .references
+            .iter()
+            .filter(|(_, (_, record))| hypeman_core::tags::matches(tags, &record.tags))
+            .filter_map(|(name, (digest, record))| state.view(name, digest, record))
+            .collect()
+    }
+
+    /// Finds an image by any form of its reference.
+    pub(crate) fn get(&self, name: &str) -> Result<Image, EngineError> {
+        let reference = Reference::parse(name)?;
+        let canonical = reference.to_string();
+        let state = self.state();
+        if let Some((digest, record)) = state.references.get(&canonical)
+            && let Some(image) = state.view(&canonical, digest, record)
+        {
+            return Ok(image);
+        }
+        // `name@sha256:…` finds whatever tag of that repository has the digest.
+        let by_digest = reference.digest().and_then(|digest| {
+            let (wanted, prefix) = (digest.to_string(), reference.name());
+            state.references.iter().find_map(|(name, (digest, record))| {
+                let same =
+                    *digest == wanted && Reference::parse(name).is_ok_and(|other| other.name() == prefix);
+                same.then(|| state.view(&canonical, digest, record)).flatten()
+            })
+        });
+        by_digest.ok_or_else(|| not_found(name))
+    }
+
+    /// The image, if it can be booted now.
+    fn ready(&self, name: &str) -> Option<Image> {
+        self.get(name)
+            .ok()
+            .filter(|image| image.status == ImageStatus::Ready)
+    }
+
+    fn pushed(&self, name: &str) -> Option<Image> {
+        let image = self.get(name).ok()?;
+        let state = self.state();
+        let content = state.contents.get(&image.digest)?;
+        (content.upstream.is_none() && content.status != ImageStatus::Failed).then_some(image)
+    }
+
+    /// Has an image ready for an instance: pulls it when it is not here, within `patience`.
+    pub(crate) async fn ensure_ready(
+        self: &Arc<Self>,
+        name: &str,
+        platform: Option<&str>,
+        patience: Duration,
+    ) -> Result<Image, EngineError> {
+        let wanted = match platform {
+            Some(text) => Platform::parse_supported(text)?,
+            None => Platform::host(),
+        };
+        let known = self.get(name);
+        let image = match known {
+            Ok(image) if image.status != ImageStatus::Failed && image.platform == wanted.to_string() => image,
+            Ok(image) if image.platform == wanted.to_string() => {
+                let reason = image.error.unwrap_or_default();
+                return Err(EngineError::ImageNotReady(format!(
+                    "image {} failed: {reason}; pull it again after the cause is removed",
+                    image.name
+                )));
+            }
+            Ok(_) | Err(EngineError::NotFound { .. }) => {
+                let platform = platform.map(str::to_owned);
+                let request = CreateImage {
+                    name: name.to_owned(),
+                    platform,
+                    credentials: None,
+                    tags: BTreeMap::new(),
+                };
+                self.create(request).await?
+            }
+            Err(error) => return Err(error),
+        };
+        let settled = async {
+            loop {
+                let changed = self.changed.notified();
+                let now = self.get(&image.name)?;
+                match now.status {
+                    ImageStatus::Ready => return Ok(now),
+                    ImageStatus::Failed => {
+                        let reason = now.error.unwrap_or_default();
+                        return Err(EngineError::ImageNotReady(format!(
+                            "image {} failed: {reason}",
+                            now.name
+                        )));
+                    }
+                    _ => changed.await,
+                }
+            }
+        };
+        tokio::time::timeout(patience, settled).await.unwrap_or_else(|_| {
+            Err(EngineError::ImageNotReady(format!(
+                "image {} is still being prepared; wait until GET /images shows it ready, then retry",
+                image.name
+            )))
+        })
+    }
+
+    /// The configuration of a root disk that exists.
+    pub(crate) fn bootable(&self, digest: &str) -> Result<RuntimeConfig, EngineError> {
+        let state = self.state();
+        match state.contents.get(digest) {
+            Some(content) if content.status == ImageStatus::Ready => Ok(content.config.clone()),
+            _ => Err(not_found(digest)),
+        }
+    }
+
+    /// Makes `target` another name of an image that is ready.
+    pub(crate) async fn tag(self: &Arc<Self>, name: &str, target: &str) -> Result<Image, EngineError> {
+        let image = self.get(name)?;
+        let target = Reference::parse(target)?;
+        if target.tag().is_none() || target.digest().is_some() {
+            return Err(EngineError::invalid(
+                "invalid_name",
+                "the target must be a reference with a tag, not a digest",
+            ));
+        }
+        if image.status != ImageStatus::Ready {
+            return Err(EngineError::ImageNotReady(format!(
+                "image {} is not ready",
+                image.name
+            )));
+        }
+        let content = self
+            .state()
+            .contents
+            .get(&image.digest)
+            .cloned()
+            .ok_or_else(|| not_found(name))?;
+        self.adopt(target.to_string(), content, image.tags, None).await
+    }
+
+    /// Removes a reference, and the content with its last one.
+    pub(crate) async fn delete(self: &Arc<Self>, name: &str) -> Result<(), EngineError> {
+        let image = self.get(name)?;
+        let canonical = image.name.clone();
+        let names: Vec<String> = {
+            let state = self.state();
+            if state.references.contains_key(&canonical) {
+                vec![canonical]
+            } else {
+                // Named by digest: every reference of that repository which points to it.
+                let prefix = Reference::parse(&canonical)?.name();
+                let same = |other: &str| Reference::parse(other).is_ok_and(|other| other.name() == prefix);
+                let of_digest = state
+                    .references
+                    .iter()
+                    .filter(|(_, (digest, _))| *digest == image.digest);
+                of_digest
+                    .map(|(name, _)| name.clone())
+                    .filter(|name| same(name))
+                    .collect()
+            }
+        };
+        let removed = names.clone();
+        let pushed = self
+            .state()
+            .contents
+            .get(&image.digest)
+            .is_some_and(|content| content.upstream.is_none());
+        self.store
+            .write(move |connection| {
+                removed.iter().try_for_each(|name| {
+                    hypeman_store::images::delete_reference(connection, name)?;
+                    if pushed {
+                        super::registry::forget_tag(connection, name)
+                    } else {
+                        Ok(())
+                    }
+                })
+            })
+            .await?;
+        faults::point("image.delete.unrecorded");
+        {
+            let mut state = self.state();
+            for name in &names {
+                state.references.remove(name);
+            }
+        }
+        self.changed.notify_waiters();
+        self.collect_unused(&image.digest).await;
+        Ok(())
+    }
+
+    /// Counts an instance that boots from `digest`.
+    pub(crate) fn retain(&self, digest: &str) {
+        *self.state().in_use.entry(digest.to_owned()).or_default() += 1;
+    }
+
+    /// The reverse of [`Catalog::retain`].
+    pub(crate) fn release(&self, digest: &str) {
+        let mut state = self.state();
+        if let Some(count) = state.in_use.get_mut(digest) {
+            *count -= 1;
+            if *count == 0 {
+                state.in_use.remove(digest);
+            }
+        }
+    }
+
+    /// Refuses a pull that the data disk has no room for.
+    fn check_disk(&self, layer_bytes: u64, digest: &str) -> Result<(), EngineError> {
+        if self
+            .state()
+            .contents
+            .get(digest)
+            .is_some_and(|content| content.status == ImageStatus::Ready)
+        {
+            return Ok(());
+        }
+        let disk = rustix::fs::statvfs(self.layout.root())
+            .map_err(|error| EngineError::io("inspect the data disk", error.into()))?;
+        let (free, whole) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+        if free < self.limits.min_free_disk.saturating_add(layer_bytes) {
+            return Err(EngineError::InsufficientResources(format!(
+                "the data disk has {} MiB free; pulling this image needs {} MiB plus a reserve of {} MiB",
+                free >> 20,
+                layer_bytes >> 20,
+                self.limits.min_free_disk >> 20
+            )));
+        }
+        let held: u64 = self
+            .state()
+            .contents
+            .values()
+            .filter_map(|content| content.size_bytes)
+            .sum();
+        #[allow(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss
+        )]
+        let budget = (whole as f64 * self.limits.max_image_storage) as u64;
+        if held.saturating_add(layer_bytes) > budget {
+            return Err(EngineError::InsufficientResources(format!(
+                "images take {} MiB of a budget of {} MiB; delete unused ones or raise limits.max_image_storage",
+                held >> 20,
+                budget >> 20
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn view(&self, name: &str, digest: &str, record: &ReferenceRecord) -> Option<Image> {
+        let content = self.contents.get(digest)?;
+        let job = self.jobs.get(digest);
+        let status = match (content.status, job) {
+            (ImageStatus::Pending, Some(job)) => job.progress.status(),
+            (status, _) => status,
+        };
+        let queue_position = job.filter(|_| status == ImageStatus::Pending).map(|job| {
+            let ahead = self
+                .jobs
+                .values()
+                .filter(|other| other.number < job.number && other.progress.status() == ImageStatus::Pending);
+            u32::try_from(ahead.count()).unwrap_or(u32::MAX).saturating_add(1)
+        });
+        Some(Image {
+            name: name.to_owned(),
+            digest: digest.to_owned(),
+            platform: content.platform.clone(),
+            status,
+            queue_position,
+            progress: job.and_then(|job| job.progress.share()),
+            error: content.error.clone(),
+            size_bytes: content.size_bytes,
+            entrypoint: content.config.entrypoint.clone(),
+            cmd: content.config.cmd.clone(),
+            env: content.config.env.clone(),
+            working_dir: content.config.working_dir.clone(),
+            tags: record.tags.clone(),
+            created_at: record.created_at,
+        })
+    }
+}
+
+pub(super) fn not_found(name: &str) -> EngineError {
+    EngineError::NotFound {
+        kind: "image",
+        name: name.to_owned(),
+    }
+}

@@ -1,0 +1,122 @@
+//! Garbage collection: contents that nothing points to, files that belong to no content, blobs that nobody needs.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use hypeman_images::manifest::Document;
+use hypeman_images::{BlobStore, Digest};
+
+use super::catalog::Catalog;
+use crate::EngineError;
+use crate::durable;
+use crate::layout::Layout;
+
+/// A blob younger than this may belong to a push that has not sent its manifest yet.
+const MIN_BLOB_AGE: Duration = Duration::from_secs(3600);
+
+impl Catalog {
+    /// Removes a content when neither a reference nor an instance needs it.
+    pub(crate) async fn collect_unused(&self, digest: &str) {
+        let content = {
+            let mut state = self.state();
+            let referenced = state.references.values().any(|(other, _)| other == digest);
+            if referenced || state.in_use.contains_key(digest) {
+                return;
+            }
+            if let Some(job) = state.jobs.get(digest) {
+                job.cancel.cancel();
+            }
+            state.contents.remove(digest)
+        };
+        let Some(content) = content else { return };
+        let key = content.digest.clone();
+        let removed = self
+            .store
+            .write(move |connection| hypeman_store::images::delete_content(connection, &key))
+            .await;
+        if let Err(error) = removed {
+            tracing::warn!(%digest, %error, "content not removed; the next start tries again");
+            return;
+        }
+        if let Err(error) = durable::remove_tree(&self.layout.image(digest)) {
+            tracing::warn!(%digest, %error, "root disk not removed; the next start tries again");
+        }
+        if let Err(error) = self.remove_blobs(content.blobs).await {
+            tracing::warn!(%digest, %error, "blobs not removed; the periodic collection tries again");
+        }
+    }
+
+    /// Removes those of `candidates` that nothing needs.
+    async fn remove_blobs(&self, candidates: Vec<String>) -> Result<(), EngineError> {
+        let needed = self.needed_blobs().await?;
+        for blob in candidates.iter().filter(|blob| !needed.contains(*blob)) {
+            self.blobs.delete(&Digest::parse(blob)?).await?;
+        }
+        Ok(())
+    }
+
+    /// Blobs that a content or a repository of the registry refers to.
+    async fn needed_blobs(&self) -> Result<HashSet<String>, EngineError> {
+        let mut needed: HashSet<String> = self
+            .state()
+            .contents
+            .values()
+            .flat_map(|content| content.blobs.iter().cloned())
+            .collect();
+        for manifest in self.store.read(hypeman_store::registry::all_digests)? {
+            let digest = Digest::parse(&manifest)?;
+            needed.insert(manifest);
+            if let Ok(raw) = self.blobs.read_document(&digest).await
+                && let Ok(document) = Document::parse(raw, None)
+            {
+                needed.extend(document.references().iter().map(|blob| blob.digest.to_string()));
+            }
+        }
+        Ok(needed)
+    }
+
+    /// The periodic collection: uploads that nobody goes on with, blobs that nobody needs.
+    pub(crate) async fn collect_blobs(&self) -> Result<(), EngineError> {
+        self.blobs.sweep().await?;
+        let needed = self.needed_blobs().await?;
+        let old = |blob: &hypeman_images::blobs::BlobInfo| {
+            blob.modified.elapsed().is_ok_and(|age| age >= MIN_BLOB_AGE)
+        };
+        let listed = self.blobs.list().await?;
+        let unneeded = listed
+            .iter()
+            .filter(|blob| old(blob) && !needed.contains(&blob.digest.to_string()));
+        remove_all(&self.blobs, unneeded.map(|blob| blob.digest)).await
+    }
+
+    /// At the start: conversions that were cut and root disks without a content.
+    pub(super) fn sweep_files(&self) -> Result<(), EngineError> {
+        let known: HashSet<_> = self
+            .state()
+            .contents
+            .keys()
+            .map(|digest| self.layout.image(digest))
+            .collect();
+        sweep(&self.layout, &known).map_err(|error| EngineError::io("sweep unfinished images", error))
+    }
+}
+
+async fn remove_all(blobs: &BlobStore, digests: impl Iterator<Item = Digest>) -> Result<(), EngineError> {
+    for digest in digests {
+        blobs.delete(&digest).await?;
+    }
+    Ok(())
+}
+
+fn sweep(layout: &Layout, known: &HashSet<std::path::PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(layout.image_work())? {
+        std::fs::remove_file(entry?.path())?;
+    }
+    for entry in std::fs::read_dir(layout.images())? {
+        let path = entry?.path();
+        if path != layout.image_work() && !known.contains(&path) {
+            durable::remove_tree(&path)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,23 @@
+//! Images: what references point to, the jobs that make root disks, and the registry's repositories.
+//!
+//! ```text
+//!   POST /images ─ resolve ─► Pending ─► Pulling ─► Converting ─► Ready
+//!   PUT manifest ───────────► Pending ──────────────────┘  └─ any error ─► Failed (asked again: Pending)
+//! ```
+//!
+//! Invariants:
+//! - A root disk under its final name is complete and synced; a content is `Ready` in the store only after that.
+//! - A content without references and without instances is removed: first its row, then its files. Files without
+//!   a row are swept at the next start.
+//! - Borrowed credentials live in the job's memory only. A pull that a crash cut goes on with the server's own.
+
+mod catalog;
+mod collect;
+mod job;
+mod model;
+mod registry;
+
+pub(crate) use catalog::Catalog;
+pub(crate) use model::RuntimeConfig;
+pub use model::{CreateImage, Image, ImageStatus};
+pub use registry::RegistryManifest;

@@ -1,0 +1,334 @@
+//! Taking an instance from nothing to a booting machine, and back again when a step fails.
+//!
+//! ```text
+//!   journal ─► disks ─► network ─► VMM ─► record + journal entry removed ─► link to the agent
+//!      │         └──────────┴────────┴── failure: undo in reverse, then remove the entry
+//!      └── crash: recovery undoes the same way
+//! ```
+
+use std::sync::Arc;
+
+use hypeman_core::instance::Observation;
+use hypeman_guest_api::{AgentKey, GuestConfig, InitMode, NetworkConfig, Program, is_init_command};
+use hypeman_network::Attachment;
+use hypeman_store::journal;
+use hypeman_vmm::{Disk, IoLimit, Machine, MachineSpec, Nic, VmmError};
+use jiff::Timestamp;
+
+use super::disks::create_overlay;
+use super::driver::{Driver, Operation, Run};
+use super::link::Link;
+use super::model::{InstanceRecord, RunRecord};
+use crate::durable;
+use crate::engine::Shared;
+use crate::images::RuntimeConfig;
+use crate::layout::make_private;
+use crate::{EngineError, faults};
+
+/// A burst may be this many times the sustained rate.
+const IO_BURST: u64 = 4;
+
+impl Driver {
+    /// Boots the machine. For [`Operation::Create`] the intent is in the journal already and a failure removes
+    /// the instance.
+    pub(super) async fn boot(&mut self, operation: Operation) -> Result<(), EngineError> {
+        let first = operation == Operation::Create;
+        if !first {
+            self.begin(operation).await?;
+            faults::point("start.recorded");
+        }
+        self.log.line(if first {
+            "create: booting"
+        } else {
+            "start: booting"
+        });
+        match self.launch(operation).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.log.line(&format!("boot failed: {error}"));
+                self.undo_launch().await;
+                if first {
+                    if let Err(cleanup) = self.forget().await {
+                        tracing::error!(instance = %self.record.id, %cleanup, "left for recovery");
+                    }
+                } else {
+                    let id = self.record.id.clone();
+                    let cleared = self
+                        .shared
+                        .store
+                        .write(move |connection| journal::clear(connection, &id))
+                        .await;
+                    self.note_saved(cleared);
+                    self.publish();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn launch(&mut self, operation: Operation) -> Result<(), EngineError> {
+        let first = operation == Operation::Create;
+        let at = |create, start| faults::point(if first { create } else { start });
+        let shared = Arc::clone(&self.shared);
+        let image = shared.images.bootable(&self.record.image_digest)?;
+        let artifacts = shared.boot_artifacts(&self.record.boot_artifacts).await?;
+        self.prepare_files().await?;
+        if first {
+            faults::point("create.disks");
+        }
+        if let Some(network) = &self.record.network {
+            let attachment = Attachment {
+                instance_id: self.record.id.clone(),
+                tap: network.tap.clone(),
+                ip: network.ip,
+                mac: network.mac.clone(),
+            };
+            shared.network().await?.attach(attachment).await?;
+        }
+        at("create.network", "start.network");
+        let spec = machine_spec(&shared, &self.record, &artifacts);
+        let vmm = shared.vmm(self.record.hypervisor)?;
+        let machine: Arc<dyn Machine> = Arc::from(vmm.launch(&spec).await?);
+        self.slot.live.set_machine(Some(Arc::clone(&machine)));
+        at("create.launched", "start.launched");
+
+        let key = AgentKey(crate::random::bytes().map_err(|error| EngineError::io("random key", error))?);
+        let mut started = self.record.clone();
+        started.run = Some(RunRecord {
+            process: machine.process().clone(),
+            agent_key: crate::random::to_hex(&key.0),
+        });
+        started.started_at = Some(Timestamp::now());
+        started.stopped_at = None;
+        started.exit = None;
+        let config = guest_config(&shared, &started, &image, key.clone());
+        // The guest needs its configuration only after the kernel is up: the commit runs beside the boot.
+        let link = Link::start(machine.agent_channel(), key, config);
+        let document = started.clone();
+        shared
+            .store
+            .write(move |connection| {
+                hypeman_store::instances::update(connection, &document.id, &document)?;
+                journal::clear(connection, &document.id)
+            })
+            .await?;
+        at("create.committed", "start.committed");
+        self.record = started;
+        self.run = Some(Run {
+            machine,
+            link,
+            program_exit: None,
+            failure: None,
+        });
+        self.observe(&Observation::Launched {
+            without_agent: self.record.skip_guest_agent,
+        });
+        Ok(())
+    }
+
+    async fn prepare_files(&self) -> Result<(), EngineError> {
+        let layout = self.shared.layout.clone();
+        let id = self.record.id.clone();
+        let bytes = self.record.overlay_bytes;
+        let work = move || {
+            make_private(&layout.instance(&id))?;
+            make_private(&layout.logs(&id))?;
+            make_private(&layout.instance_runtime(&id))?;
+            let overlay = layout.overlay(&id);
+            if !overlay.exists() {
+                create_overlay(&layout.overlay_templates(), bytes, &overlay)?;
+            }
+            Ok(())
+        };
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|error| EngineError::io("prepare files", error.into()))?
+    }
+
+    /// Removes what a launch may have left: process, TAP, sockets.
+    pub(super) async fn undo_launch(&mut self) {
+        if let Some(machine) = self.slot.live.machine() {
+            self.kill(&machine).await;
+        }
+        self.run = None;
+        self.slot.live.set_machine(None);
+        self.slot.live.set_client(None);
+        self.detach().await;
+    }
+
+    /// Ends the VMM process; a failure is logged and recovery tries again.
+    pub(super) async fn kill(&mut self, machine: &Arc<dyn Machine>) {
+        if let Err(error) = machine.kill().await {
+            tracing::error!(instance = %self.record.id, %error, "VMM not killed");
+        }
+    }
+
+    /// Takes the machine off the network and removes its sockets. What fails is found again at the next start.
+    pub(super) async fn detach(&mut self) {
+        if let Some(network) = &self.record.network
+            && let Ok(bridge) = self.shared.network().await
+            && let Err(error) = bridge.detach(&network.tap).await
+        {
+            tracing::warn!(instance = %self.record.id, %error, "TAP not removed");
+        }
+        if let Err(error) = durable::remove_tree(&self.shared.layout.instance_runtime(&self.record.id)) {
+            tracing::warn!(instance = %self.record.id, %error, "runtime directory not removed");
+        }
+    }
+}
+
+/// Translates a record to what a VMM needs.
+pub(super) fn machine_spec(
+    shared: &Shared,
+    record: &InstanceRecord,
+    artifacts: &hypeman_kernel::BootArtifacts,
+) -> MachineSpec {
+    let layout = &shared.layout;
+    let limit = record.disk_io_bytes_per_second.map(|rate| IoLimit {
+        bytes_per_second: rate,
+        burst_bytes_per_second: rate.saturating_mul(IO_BURST),
+    });
+    MachineSpec {
+        id: record.id.clone(),
+        runtime_directory: layout.instance_runtime(&record.id),
+        cpus: record.vcpus,
+        memory_bytes: record.memory_bytes,
+        memory_file: None,
+        kernel: artifacts.kernel.clone(),
+        initramfs: artifacts.initramfs.clone(),
+        kernel_arguments: Vec::new(),
+        disks: vec![
+            Disk {
+                path: layout.root_disk(&record.image_digest),
+                read_only: true,
+                limit,
+            },
+            Disk {
+                path: layout.overlay(&record.id),
+                read_only: false,
+                limit,
+            },
+        ],
+        nic: record.network.as_ref().map(|network| Nic {
+            tap: network.tap.clone(),
+            mac: network.mac.clone(),
+        }),
+        workload_log: layout.logs(&record.id).join("app.log"),
+        vmm_log: layout.logs(&record.id).join("vmm.log"),
+    }
+}
+
+/// What the guest is told. Time and entropy are added when it is sent.
+pub(super) fn guest_config(
+    shared: &Shared,
+    record: &InstanceRecord,
+    image: &RuntimeConfig,
+    key: AgentKey,
+) -> GuestConfig {
+    let argv = command_line(image, record.entrypoint.as_deref(), record.command.as_deref());
+    let init_mode = if is_init_command(&argv) {
+        InitMode::Systemd
+    } else {
+        InitMode::Exec
+    };
+    let mut environment: Vec<(String, String)> = image
+        .env
+        .iter()
+        .map(|entry| entry.split_once('=').unwrap_or((entry, "")))
+        .filter(|(name, _)| !record.environment.contains_key(*name))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    environment.extend(record.environment.clone());
+    let network = record.network.as_ref().map(|network| NetworkConfig {
+        address: network.ip,
+        prefix_length: shared.options.network.subnet_cidr.prefix_len(),
+        gateway: shared.options.network.gateway_address(),
+        dns: shared.options.network.dns.clone(),
+        mac: Some(network.mac.clone()),
+    });
+    GuestConfig {
+        key,
+        instance_id: record.id.clone(),
+        hostname: record.name.clone(),
+        time_unix_nanos: 0,
+        entropy: Vec::new(),
+        init_mode,
+        program: Program {
+            argv,
+            environment,
+            working_directory: image.working_dir.clone(),
+            user: image.user.clone(),
+        },
+        network,
+        volumes: Vec::new(),
+        skip_agent: record.skip_guest_agent,
+    }
+}
+
+/// Entrypoint and command as container engines join them: a new entrypoint makes the image's command void.
+fn command_line(
+    image: &RuntimeConfig,
+    entrypoint: Option<&[String]>,
+    command: Option<&[String]>,
+) -> Vec<String> {
+    let image_command = if entrypoint.is_some() { &[][..] } else { &image.cmd };
+    let mut argv = entrypoint.unwrap_or(&image.entrypoint).to_vec();
+    argv.extend_from_slice(command.unwrap_or(image_command));
+    if argv.is_empty() {
+        argv.push("/bin/sh".to_owned());
+    }
+    argv
+}
+
+/// Whether a recorded or merely found process of this instance still runs; ends all of them.
+pub(super) async fn kill_leftovers(shared: &Shared, record: &InstanceRecord) -> Result<(), EngineError> {
+    let Ok(vmm) = shared.vmm(record.hypervisor) else {
+        return Ok(());
+    };
+    let runtime = shared.layout.instance_runtime(&record.id);
+    let mut processes = vmm.find_orphans(&runtime)?;
+    processes.extend(record.run.as_ref().map(|run| run.process.clone()));
+    let Some(artifacts) = shared.known_artifacts(&record.boot_artifacts) else {
+        return Ok(());
+    };
+    let spec = machine_spec(shared, record, &artifacts);
+    for process in processes {
+        match vmm.adopt(&spec, &process).await {
+            Ok(machine) => machine.kill().await?,
+            Err(VmmError::Gone) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn entrypoint_and_command_are_joined_as_container_engines_do() {
+        let image = RuntimeConfig {
+            entrypoint: words("/entry -x"),
+            cmd: words("serve"),
+            ..RuntimeConfig::default()
+        };
+        let join = |entrypoint: Option<&str>, command: Option<&str>| {
+            command_line(
+                &image,
+                entrypoint.map(words).as_deref(),
+                command.map(words).as_deref(),
+            )
+            .join(" ")
+        };
+        assert_eq!(join(None, None), "/entry -x serve");
+        assert_eq!(join(None, Some("help")), "/entry -x help");
+        assert_eq!(join(Some("/other"), None), "/other");
+        assert_eq!(join(Some("/other"), Some("now")), "/other now");
+        assert_eq!(join(Some(""), Some("")), "/bin/sh");
+    }
+}

@@ -1,0 +1,379 @@
+//! Reading logs: the last lines, then what is added, across rotations.
+//!
+//! ```text
+//!   app.log.2   app.log.1   app.log          rotation renames the current file away; the writer then
+//!   (older) ───────────────► (now)           opens a new one under the old name
+//! ```
+//!
+//! Invariants:
+//! - No line is lost or shown twice by a rotation: a follower leaves a file only after a newer one exists under
+//!   the name *and* the old one was read to its end after that.
+//! - Memory is bounded: lines are found by scanning backwards in blocks and then streamed; a line longer than
+//!   [`MAX_LINE`] is handed out in pieces.
+//! - Following waits for inotify, it never polls.
+
+use std::io::{self, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use futures::StreamExt;
+use inotify::{EventStream, Inotify, WatchMask};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+
+use crate::EngineError;
+
+/// Longest piece of a line that is handed out at once, in bytes.
+const MAX_LINE: usize = 4 << 20;
+
+/// Read at a time, in bytes.
+const BLOCK: usize = 64 << 10;
+
+/// The lines of one log, as a client reads them.
+pub struct LogFollower {
+    path: PathBuf,
+    /// Older files still to be read, oldest last.
+    pending: Vec<(File, u64)>,
+    current: Option<File>,
+    inode: u64,
+    events: Option<EventStream<[u8; 1024]>>,
+    buffer: Vec<u8>,
+    /// Bytes of `buffer` known to hold no line end.
+    scanned: usize,
+    /// Bytes of `buffer` already handed out.
+    consumed: usize,
+}
+
+impl std::fmt::Debug for LogFollower {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LogFollower")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LogFollower {
+    /// Opens the log at `path` so that the last `tail` lines come first.
+    ///
+    /// # Errors
+    /// [`EngineError::LogNotFound`] when it was never written.
+    pub(crate) async fn open(
+        path: &Path,
+        max_files: u32,
+        tail: usize,
+        follow: bool,
+    ) -> Result<Self, EngineError> {
+        // The watch comes first: what is written between the two is seen by one of them.
+        let events = if follow {
+            Some(watch(path).map_err(read_error)?)
+        } else {
+            None
+        };
+        let mut files = Vec::new();
+        let mut inode = 0;
+        for segment in
+            std::iter::once(path.to_owned()).chain((1..=max_files).map(|number| rotated(path, number)))
+        {
+            match File::open(&segment).await {
+                Ok(file) => {
+                    if segment == path {
+                        inode = file.metadata().await.map_err(read_error)?.ino();
+                    }
+                    files.push(file);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(read_error(error)),
+            }
+        }
+        if files.is_empty() {
+            return Err(EngineError::LogNotFound);
+        }
+        let mut pending = Vec::new();
+        let mut wanted = tail;
+        for mut file in files {
+            let (offset, found) = last_lines(&mut file, wanted).await.map_err(read_error)?;
+            pending.push((file, offset));
+            wanted -= found.min(wanted);
+            if wanted == 0 {
+                break;
+            }
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            pending,
+            current: None,
+            inode,
+            events,
+            buffer: Vec::new(),
+            scanned: 0,
+            consumed: 0,
+        })
+    }
+
+    /// The next line without its line end; `None` at the end. A follower waits instead.
+    ///
+    /// # Errors
+    /// The log can't be read.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, EngineError> {
+        loop {
+            if let Some(line) = self.take_line() {
+                return Ok(Some(line));
+            }
+            if self.fill().await.map_err(read_error)? {
+                continue;
+            }
+            if self.advance().await.map_err(read_error)? {
+                continue;
+            }
+            let Some(events) = self.events.as_mut() else {
+                return Ok(self.take_rest());
+            };
+            if events.next().await.is_none() {
+                return Ok(self.take_rest());
+            }
+        }
+    }
+
+    fn take_line(&mut self) -> Option<Vec<u8>> {
+        let unseen = &self.buffer[self.scanned.max(self.consumed)..];
+        let start = self.scanned.max(self.consumed);
+        let line = if let Some(length) = unseen.iter().position(|&byte| byte == b'\n') {
+            let end = start + length;
+            let line = self.buffer[self.consumed..end].to_vec();
+            self.consumed = end + 1;
+            line
+        } else if self.buffer.len() - self.consumed >= MAX_LINE {
+            let line = self.buffer[self.consumed..].to_vec();
+            self.consumed = self.buffer.len();
+            line
+        } else {
+            self.scanned = self.buffer.len();
+            return None;
+        };
+        self.scanned = self.consumed;
+        if self.consumed == self.buffer.len() {
+            self.buffer.clear();
+            (self.consumed, self.scanned) = (0, 0);
+        }
+        Some(without_carriage_return(line))
+    }
+
+    fn take_rest(&mut self) -> Option<Vec<u8>> {
+        let rest = self.buffer.split_off(self.consumed.min(self.buffer.len()));
+        self.buffer.clear();
+        (self.consumed, self.scanned) = (0, 0);
+        (!rest.is_empty()).then(|| without_carriage_return(rest))
+    }
+
+    /// Reads more of the current file. `false` at its present end.
+    async fn fill(&mut self) -> io::Result<bool> {
+        if self.current.is_none() {
+            let Some((mut file, offset)) = self.pending.pop() else {
+                return Ok(false);
+            };
+            file.seek(SeekFrom::Start(offset)).await?;
+            self.current = Some(file);
+        }
+        let Some(file) = self.current.as_mut() else {
+            return Ok(false);
+        };
+        if self.consumed > 0 {
+            self.buffer.drain(..self.consumed);
+            self.scanned -= self.consumed;
+            self.consumed = 0;
+        }
+        let length = self.buffer.len();
+        self.buffer.reserve(BLOCK);
+        let read = file.take(BLOCK as u64).read_buf(&mut self.buffer).await?;
+        debug_assert_eq!(self.buffer.len(), length + read);
+        Ok(read > 0)
+    }
+
+    /// Goes on to the next file, if there is one.
+    async fn advance(&mut self) -> io::Result<bool> {
+        if !self.pending.is_empty() {
+            self.current = None;
+            return Ok(true);
+        }
+        if self.events.is_none() {
+            return Ok(false);
+        }
+        let newest = match File::open(&self.path).await {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let inode = newest.metadata().await?.ino();
+        if inode == self.inode {
+            return Ok(false);
+        }
+        // The writer has moved on; whatever it wrote to the old file is there now.
+        if self.current.is_some() && self.fill().await? {
+            return Ok(true);
+        }
+        self.inode = inode;
+        self.current = Some(newest);
+        Ok(true)
+    }
+}
+
+/// Name of the `number`-th rotated file.
+pub(crate) fn rotated(path: &Path, number: u32) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{number}"));
+    PathBuf::from(name)
+}
+
+fn read_error(error: io::Error) -> EngineError {
+    EngineError::io("read the log", error)
+}
+
+/// Serial consoles end lines with CR LF.
+fn without_carriage_return(mut line: Vec<u8>) -> Vec<u8> {
+    if line.last() == Some(&b'\r') {
+        line.pop();
+    }
+    line
+}
+
+fn watch(path: &Path) -> io::Result<EventStream<[u8; 1024]>> {
+    let inotify = Inotify::init()?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    inotify.watches().add(
+        directory,
+        WatchMask::MODIFY
+            | WatchMask::CREATE
+            | WatchMask::MOVED_TO
+            | WatchMask::DELETE_SELF
+            | WatchMask::ONLYDIR,
+    )?;
+    inotify.into_event_stream([0; 1024])
+}
+
+/// Offset of the last `wanted` lines of `file`, and how many there are.
+async fn last_lines(file: &mut File, wanted: usize) -> io::Result<(u64, usize)> {
+    let length = file.metadata().await?.len();
+    if wanted == 0 {
+        return Ok((length, 0));
+    }
+    let mut position = length;
+    let mut found = 0;
+    let mut block = vec![0; BLOCK];
+    while position > 0 {
+        let size = position.min(BLOCK as u64);
+        position -= size;
+        let bytes = &mut block[..usize::try_from(size).unwrap_or(BLOCK)];
+        file.seek(SeekFrom::Start(position)).await?;
+        file.read_exact(bytes).await?;
+        for (index, &byte) in bytes.iter().enumerate().rev() {
+            let offset = position + index as u64;
+            // The end of the last line ends nothing before it.
+            if byte == b'\n' && offset + 1 != length {
+                found += 1;
+                if found == wanted {
+                    return Ok((offset + 1, found));
+                }
+            }
+        }
+    }
+    Ok((0, if length > 0 { found + 1 } else { 0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    async fn lines(follower: &mut LogFollower) -> Vec<String> {
+        let mut all = Vec::new();
+        while let Some(line) = follower.next().await.unwrap() {
+            all.push(String::from_utf8(line).unwrap());
+        }
+        all
+    }
+
+    #[tokio::test]
+    async fn the_tail_reaches_back_into_rotated_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.log");
+        std::fs::write(rotated(&path, 1), "one\ntwo\nthree\n").unwrap();
+        std::fs::write(&path, "four\r\nfive").unwrap();
+        let mut follower = LogFollower::open(&path, 1, 3, false).await.unwrap();
+        assert_eq!(lines(&mut follower).await, ["three", "four", "five"]);
+        let mut all = LogFollower::open(&path, 1, 100, false).await.unwrap();
+        assert_eq!(lines(&mut all).await, ["one", "two", "three", "four", "five"]);
+    }
+
+    #[tokio::test]
+    async fn a_log_that_was_never_written_is_not_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let missing = LogFollower::open(&directory.path().join("app.log"), 1, 10, false).await;
+        assert!(matches!(missing, Err(EngineError::LogNotFound)));
+    }
+
+    #[tokio::test]
+    async fn a_long_line_survives_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.log");
+        let long = "x".repeat(1 << 20);
+        std::fs::write(&path, format!("a\n{long}\nb\n")).unwrap();
+        let mut follower = LogFollower::open(&path, 1, 2, false).await.unwrap();
+        assert_eq!(lines(&mut follower).await, [long, "b".into()]);
+    }
+
+    #[tokio::test]
+    async fn a_follower_sees_each_line_once_while_the_log_rotates_under_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.log");
+        let mut writer = std::fs::File::create(&path).unwrap();
+        let mut follower = LogFollower::open(&path, 1, 10, true).await.unwrap();
+        let writing = {
+            let path = path.clone();
+            tokio::task::spawn_blocking(move || {
+                for number in 0..3_000 {
+                    if number % 500 == 499 {
+                        std::fs::rename(&path, rotated(&path, 1)).unwrap();
+                        // The old file still gets a line after its rename, as a VMM's would.
+                        writeln!(writer, "{number}").unwrap();
+                        writer = std::fs::File::create(&path).unwrap();
+                    } else {
+                        writeln!(writer, "{number}").unwrap();
+                    }
+                }
+                writer
+            })
+        };
+        for expected in 0..3_000 {
+            let line = follower.next().await.unwrap().unwrap();
+            assert_eq!(String::from_utf8(line).unwrap(), expected.to_string());
+        }
+        writing.await.unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_tail_is_what_splitting_the_whole_would_give(
+            text in prop::collection::vec("[a-z]{0,9}", 0..30),
+            ends_with_newline in any::<bool>(),
+            tail in 0_usize..40,
+        ) {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("app.log");
+            let mut content = text.join("\n");
+            if ends_with_newline && !content.is_empty() {
+                content.push('\n');
+            }
+            std::fs::write(&path, &content).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let found = runtime.block_on(async {
+                lines(&mut LogFollower::open(&path, 1, tail, false).await.unwrap()).await
+            });
+            let all: Vec<&str> = content.lines().collect();
+            prop_assert_eq!(found, all[all.len().saturating_sub(tail)..].to_vec());
+        }
+    }
+}

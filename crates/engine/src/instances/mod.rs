@@ -1,0 +1,23 @@
+//! Instances: the driver of each, the table of all, their disks and logs.
+
+mod action_log;
+mod boot;
+mod create;
+pub(crate) mod disks;
+mod driver;
+mod link;
+mod logs;
+mod model;
+mod recovery;
+mod shutdown;
+mod table;
+
+pub(crate) use create::create;
+pub(crate) use driver::Request;
+pub use logs::LogFollower;
+pub use model::{
+    CreateInstance, Expiry, Instance, InstanceFilter, InstanceRecord, InstanceStats, InstanceUpdate,
+    LogSource, NetworkRecord, NetworkRequest, RunRecord, StartOverrides, WaitOutcome,
+};
+pub(crate) use recovery::recover;
+pub(crate) use table::{Slot, Table};

@@ -1,0 +1,226 @@
+//! After a crash, an upgrade or a reboot: every instance is either running under our control or cleanly gone.
+//!
+//! | journal says | found            | what is done                                    |
+//! |--------------|------------------|-------------------------------------------------|
+//! | create       | anything         | undone: processes, TAP, files and record go      |
+//! | start        | anything         | undone: processes and TAP go, it is stopped      |
+//! | stop         | anything         | finished: processes and TAP go, it is stopped    |
+//! | delete       | anything         | finished: all of it goes                         |
+//! | nothing      | VMM lives        | adopted, whatever the server's version           |
+//! | nothing      | VMM recorded, gone | it is stopped, and says why                    |
+//! | nothing      | no record, files | files go                                         |
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hypeman_core::instance::{InstanceState, Lifecycle, Observation};
+use hypeman_guest_api::AgentKey;
+use hypeman_store::journal;
+use hypeman_vmm::{Machine, VmmError};
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::boot::{guest_config, kill_leftovers, machine_spec};
+use super::driver::{self, Driver, Operation, Request, Run};
+use super::link::Link;
+use super::model::InstanceRecord;
+use super::shutdown::exit_unseen;
+use crate::engine::Shared;
+use crate::{EngineError, durable};
+
+/// How long the start waits for agents of adopted machines, so that the first request finds them running.
+const AGENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Brings all stored instances back. Returns when the API may answer.
+pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
+    let records: Vec<InstanceRecord> = shared.store.read(hypeman_store::instances::all)?;
+    let mut intents: HashMap<String, Operation> = HashMap::new();
+    for entry in shared.store.read(journal::all)? {
+        match serde_json::from_str(&entry.operation) {
+            // A later intent, such as a delete during a stop, overrules the earlier.
+            Ok(operation) => drop(intents.insert(entry.subject, operation)),
+            Err(error) => tracing::error!(subject = entry.subject, %error, "unreadable journal entry"),
+        }
+    }
+    let known: HashSet<String> = records.iter().map(|record| record.id.clone()).collect();
+    let taps = keep_taps(&records, &intents);
+    let networked = records.iter().any(|record| record.network.is_some());
+    for record in &records {
+        shared.images.retain(&record.image_digest);
+        shared.hold_address(record);
+    }
+
+    let mut adopted = Vec::new();
+    let mut work = JoinSet::new();
+    for record in records {
+        let (shared, intent) = (Arc::clone(shared), intents.get(&record.id).copied());
+        work.spawn(async move { recover_one(&shared, record, intent).await });
+    }
+    while let Some(done) = work.join_next().await {
+        match done.map_err(|error| EngineError::io("recovery", error.into()))? {
+            Ok(Some((driver, requests))) => {
+                shared.table.insert(Arc::clone(&driver.slot))?;
+                if driver.run.is_some() {
+                    adopted.push(driver.slot.published.clone());
+                }
+                driver.spawn(requests);
+            }
+            Ok(None) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if networked && let Ok(network) = shared.network().await {
+        let removed = network.reconcile(&taps).await?;
+        if !removed.is_empty() {
+            tracing::info!(?removed, "removed TAPs of machines that are gone");
+        }
+    }
+    sweep(shared, &known).map_err(|error| EngineError::io("sweep leftovers", error))?;
+    let ready = adopted.into_iter().map(|mut published| async move {
+        let _ = published
+            .wait_for(|instance| instance.state != InstanceState::Initializing)
+            .await;
+    });
+    let _ = tokio::time::timeout(AGENT_PATIENCE, futures::future::join_all(ready)).await;
+    Ok(())
+}
+
+fn keep_taps(records: &[InstanceRecord], intents: &HashMap<String, Operation>) -> BTreeSet<String> {
+    records
+        .iter()
+        .filter(|record| record.run.is_some() && !intents.contains_key(&record.id))
+        .filter_map(|record| record.network.as_ref().map(|network| network.tap.clone()))
+        .collect()
+}
+
+type Recovered = Option<(Driver, mpsc::Receiver<Request>)>;
+
+async fn recover_one(
+    shared: &Arc<Shared>,
+    record: InstanceRecord,
+    intent: Option<Operation>,
+) -> Result<Recovered, EngineError> {
+    match intent {
+        Some(operation @ (Operation::Create | Operation::Delete)) => {
+            tracing::info!(
+                instance = record.id,
+                ?operation,
+                "finishing what was cut: removing"
+            );
+            kill_leftovers(shared, &record).await?;
+            let (mut driver, _) = driver::prepare(shared, record, Lifecycle::Stopped);
+            driver.detach().await;
+            driver.forget().await?;
+            Ok(None)
+        }
+        Some(operation @ (Operation::Start | Operation::Stop)) => {
+            tracing::info!(
+                instance = record.id,
+                ?operation,
+                "finishing what was cut: stopping"
+            );
+            kill_leftovers(shared, &record).await?;
+            stopped(shared, record).await.map(Some)
+        }
+        None => match adopt(shared, &record).await? {
+            Some(machine) => running(shared, record, machine).map(Some),
+            None => stopped(shared, record).await.map(Some),
+        },
+    }
+}
+
+async fn adopt(
+    shared: &Arc<Shared>,
+    record: &InstanceRecord,
+) -> Result<Option<Arc<dyn Machine>>, EngineError> {
+    let Some(run) = &record.run else { return Ok(None) };
+    let artifacts = shared.known_artifacts(&record.boot_artifacts);
+    let (Some(artifacts), Ok(vmm)) = (artifacts, shared.vmm(record.hypervisor)) else {
+        return Ok(None);
+    };
+    let spec = machine_spec(shared, record, &artifacts);
+    match vmm.adopt(&spec, &run.process).await {
+        Ok(machine) => Ok(Some(Arc::from(machine))),
+        Err(VmmError::Gone) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A driver for a machine that never stopped running.
+fn running(
+    shared: &Arc<Shared>,
+    record: InstanceRecord,
+    machine: Arc<dyn Machine>,
+) -> Result<(Driver, mpsc::Receiver<Request>), EngineError> {
+    let image = shared.images.bootable(&record.image_digest).unwrap_or_default();
+    let key = record
+        .run
+        .as_ref()
+        .and_then(|run| crate::random::key_from_hex(&run.agent_key));
+    let key = AgentKey(key.unwrap_or_default());
+    let config = guest_config(shared, &record, &image, key.clone());
+    let without_agent = record.skip_guest_agent;
+    let (mut driver, requests) = driver::prepare(shared, record, Lifecycle::Stopped);
+    let link = Link::start(machine.agent_channel(), key, config);
+    driver.slot.live.set_machine(Some(Arc::clone(&machine)));
+    driver.run = Some(Run {
+        machine,
+        link,
+        program_exit: None,
+        failure: None,
+    });
+    driver.log.line("the server is back: adopted");
+    driver.lifecycle = Lifecycle::Stopped.observe(&Observation::Launched { without_agent });
+    driver.publish();
+    Ok((driver, requests))
+}
+
+/// A driver for an instance without a machine, and the record of how that came to be.
+async fn stopped(
+    shared: &Arc<Shared>,
+    mut record: InstanceRecord,
+) -> Result<(Driver, mpsc::Receiver<Request>), EngineError> {
+    let id = record.id.clone();
+    if let Some(run) = record.run.take() {
+        let rebooted = hypeman_vmm::boot_id().is_ok_and(|boot| boot != run.process.boot_id);
+        record.exit = Some(exit_unseen(rebooted));
+        record.stopped_at = Some(Timestamp::now());
+    }
+    record.phases.enter(InstanceState::Stopped, Timestamp::now());
+    let document = record.clone();
+    shared
+        .store
+        .write(move |connection| {
+            hypeman_store::instances::update(connection, &id, &document)?;
+            journal::clear(connection, &id)
+        })
+        .await?;
+    let (mut driver, requests) = driver::prepare(shared, record, Lifecycle::Stopped);
+    driver.detach().await;
+    Ok((driver, requests))
+}
+
+/// Removes files and sockets that belong to no instance.
+fn sweep(shared: &Shared, known: &HashSet<String>) -> std::io::Result<()> {
+    for directory in [shared.layout.instances(), shared.layout.runtime().to_owned()] {
+        for entry in std::fs::read_dir(directory)? {
+            let entry = entry?;
+            if !entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| known.contains(name))
+            {
+                durable::remove_tree(&entry.path())?;
+            }
+        }
+    }
+    for entry in std::fs::read_dir(shared.layout.overlay_templates())? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}

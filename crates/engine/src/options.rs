@@ -1,0 +1,94 @@
+//! What the engine is told at its start.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hypeman_kernel::KernelOptions;
+use hypeman_network::NetworkOptions;
+use hypeman_vmm::{VmmKind, VmmOptions};
+
+/// Everything configurable. The server fills it from its configuration.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Where everything lives. Created if missing, mode 0700, locked by one server at a time.
+    pub data_directory: PathBuf,
+    /// The static guest program.
+    pub guest_program: Cow<'static, [u8]>,
+    /// Which VMM an instance gets when it does not say.
+    pub default_hypervisor: VmmKind,
+    /// Bounds of a single instance and of the host.
+    pub limits: Limits,
+    /// Where VMM binaries are and what accelerates them.
+    pub vmm: VmmOptions,
+    /// Where the guest kernel comes from.
+    pub kernel: KernelOptions,
+    /// The bridge.
+    pub network: NetworkOptions,
+    /// Pulls and conversions.
+    pub images: ImageOptions,
+    /// Log rotation.
+    pub logs: LogOptions,
+}
+
+/// Bounds, with the contract's defaults.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Virtual CPUs of one instance.
+    pub max_vcpus_per_instance: u32,
+    /// `size` + `hotplug_size` of one instance, bytes.
+    pub max_memory_per_instance: u64,
+    /// Writable root layer of one instance, bytes.
+    pub max_overlay_size: u64,
+    /// Image conversions at once.
+    pub max_concurrent_builds: usize,
+    /// Share of the data disk that images may take, 0 to 1.
+    pub max_image_storage: f64,
+    /// Pulls are refused while less than this is free on the data disk, bytes.
+    pub min_free_disk: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_vcpus_per_instance: 16,
+            max_memory_per_instance: 32 << 30,
+            max_overlay_size: 100 << 30,
+            max_concurrent_builds: 1,
+            max_image_storage: 0.2,
+            min_free_disk: 5 << 30,
+        }
+    }
+}
+
+/// How images are fetched and stored.
+#[derive(Debug, Clone)]
+pub struct ImageOptions {
+    /// Root disks are lz4-compressed instead of plain.
+    pub compress: bool,
+    /// Registries spoken to without TLS, `host[:port]`.
+    pub insecure_registries: Vec<String>,
+    /// Docker's credential file; `None` uses `~/.docker/config.json`.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// How logs are kept.
+#[derive(Debug, Clone, Copy)]
+pub struct LogOptions {
+    /// A log larger than this is rotated, bytes.
+    pub max_size: u64,
+    /// Rotated files kept beside the current one.
+    pub max_files: u32,
+    /// How often sizes are looked at.
+    pub rotate_interval: Duration,
+}
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self {
+            max_size: 50 << 20,
+            max_files: 1,
+            rotate_interval: Duration::from_secs(300),
+        }
+    }
+}
