@@ -3,6 +3,7 @@
 //! Small on purpose: a request, a bounded answer, the error envelope. Answers are [`Document`]s, so that what the
 //! server adds later is shown too. TLS is set up only for an `https` base URL.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -36,35 +37,39 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(330);
 /// A client of one server.
 #[derive(Debug, Clone)]
 pub struct Client {
-    http: reqwest::Client,
+    /// Made at the first request: `exec` and `cp` may never need it.
+    http: OnceLock<reqwest::Client>,
     settings: Settings,
     debug: bool,
 }
 
 impl Client {
     /// Makes a client. Opens no connection.
-    ///
-    /// # Errors
-    /// When TLS is needed and cannot be set up.
-    pub fn new(settings: Settings, debug: bool) -> Result<Self, CliError> {
-        // The library wants a provider even for a client that will never speak TLS.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+    pub fn new(settings: Settings, debug: bool) -> Self {
+        Self {
+            http: OnceLock::new(),
+            settings,
+            debug,
+        }
+    }
+
+    fn http(&self) -> Result<&reqwest::Client, CliError> {
+        if let Some(http) = self.http.get() {
+            return Ok(http);
+        }
+        choose_tls_provider();
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("hypeman/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none());
-        if settings.base_url.starts_with("http:") {
+        if self.settings.base_url.starts_with("http:") {
             // Reading the system's certificates takes longer than most calls.
             builder = builder.tls_certs_only(Vec::new());
         }
         let http = builder
             .build()
             .map_err(|failure| CliError::failed(format!("cannot set up HTTP: {failure}")))?;
-        Ok(Self {
-            http,
-            settings,
-            debug,
-        })
+        Ok(self.http.get_or_init(|| http))
     }
 
     /// Which server this client talks to and how.
@@ -159,7 +164,7 @@ impl Client {
         if !query.is_empty() {
             url.query_pairs_mut().extend_pairs(query);
         }
-        let mut request = self.http.request(method.clone(), url.clone());
+        let mut request = self.http()?.request(method.clone(), url.clone());
         if let Some(key) = &self.settings.api_key {
             request = request.bearer_auth(key);
         }
@@ -194,6 +199,12 @@ impl Client {
         }
         unreachable(&self.settings.base_url, failure)
     }
+}
+
+/// Chooses who does the cryptography of TLS. The libraries want that said before their first use.
+pub(crate) fn choose_tls_provider() {
+    // An error means that it was chosen before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// Turns a failed connection into the failure that says whether a server runs there at all.

@@ -9,7 +9,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_tls_with_config};
 
-use crate::client::{Client, about, refusal_from, unreachable};
+use crate::client::{Client, about, choose_tls_provider, refusal_from, unreachable};
 use crate::error::CliError;
 
 /// A connection to the server, TLS or not.
@@ -41,6 +41,9 @@ pub(crate) async fn connect(client: &Client, segments: &[&str]) -> Result<Socket
             .map_err(|_| CliError::usage("the API key has characters that no header can carry"))?;
         value.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, value);
+    }
+    if address.starts_with("wss:") {
+        choose_tls_provider();
     }
     let limits = WebSocketConfig::default()
         .max_message_size(Some(LARGEST_MESSAGE))

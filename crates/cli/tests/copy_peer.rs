@@ -42,7 +42,7 @@ fn end(last: bool) -> Message {
 }
 
 /// Receives what the peer sends as `copy` below `place`.
-async fn received(place: &Path, frames: Vec<Message>) -> Result<(), CliError> {
+async fn received(place: &Path, frames: Vec<Message>) -> Result<Vec<String>, CliError> {
     let (client, mut peer) = connection().await;
     let playing = tokio::spawn(async move {
         let request = next_json(&mut peer).await;
@@ -259,6 +259,27 @@ async fn a_link_that_was_sent_before_is_never_written_through() {
         "{failure}"
     );
     assert_eq!(listing(&place.join("copy")), ["door", "real"]);
+}
+
+#[tokio::test]
+async fn links_that_lead_out_are_left_out_of_an_ordinary_tree() {
+    let place = tempfile::tempdir().unwrap();
+    let frames = vec![
+        header("data", json!({"is_dir": true, "mode": 0o755})),
+        end(false),
+        header(
+            "data/mtab",
+            json!({"is_symlink": true, "link_target": "/proc/mounts"}),
+        ),
+        end(false),
+        header("data/file", json!({"size": 1})),
+        bytes(b"x"),
+        end(true),
+    ];
+    let left_out = received(place.path(), frames).await.unwrap();
+    assert_eq!(left_out.len(), 1);
+    assert!(left_out[0].contains("data/mtab -> /proc/mounts"), "{left_out:?}");
+    assert_eq!(listing(&place.path().join("copy")), ["file"]);
 }
 
 #[tokio::test]

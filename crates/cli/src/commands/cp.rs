@@ -173,13 +173,10 @@ impl<'a> Copy<'a> {
                 progress.advance(bytes);
             }
         });
-        outcome.await.map_err(|failure| match failure {
-            CliError::Protocol(message) if message.contains("link target") => CliError::failed_with(
-                message,
-                "-L copies what links point to; a copy to - passes links on in a tar archive",
-            ),
-            failure => failure,
-        })
+        for link in outcome.await? {
+            output::warn(&format!("left out: {link}"));
+        }
+        Ok(())
     }
 
     async fn out(mut self, path: &str, to: &Path) -> Result<(), CliError> {

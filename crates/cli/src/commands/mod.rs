@@ -101,7 +101,7 @@ where
     F: AsyncFnOnce(&Context) -> Result<u8, CliError>,
 {
     let settings = Settings::load(&global)?;
-    let client = Client::new(settings, global.debug)?;
+    let client = Client::new(settings, global.debug);
     let context = Context {
         client,
         output: Output::new(&global),

@@ -14,6 +14,7 @@ use hypeman_images::{
 };
 
 use super::{Context, image};
+use crate::client::choose_tls_provider;
 use crate::document::Document;
 use crate::error::CliError;
 use crate::output;
@@ -68,6 +69,7 @@ pub(crate) async fn run(context: &Context, arguments: &PushArgs) -> Result<(), C
         .api_key
         .as_deref()
         .map(Credentials::registry_token);
+    choose_tls_provider();
     let plain = context.client.settings().base_url.starts_with("http:");
     let client = RegistryClient::new(ClientOptions {
         insecure: if plain {

@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::GlobalArgs;
+use crate::client::choose_tls_provider;
 use crate::config::{self, Overrides, Values, options};
 use crate::error::CliError;
 use crate::{guest_program, output};
@@ -88,8 +89,7 @@ pub(crate) fn run(arguments: &ServeArgs, global: &GlobalArgs) -> Result<(), CliE
     let guest = guest_program::find(&values)?;
     let engine_options = options::engine(&values, guest)?;
     let (secret, new_secret) = config::make_secret(&values)?;
-    // The library wants a provider chosen before the first TLS connection of a pull.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    choose_tls_provider();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -109,7 +109,7 @@ pub fn make_secret(values: &Values) -> Result<(String, bool), CliError> {
 }
 
 /// Makes a directory and what is above it; the directory itself is for its owner only.
-pub(crate) fn create_private(directory: &Path) -> Result<(), CliError> {
+fn create_private(directory: &Path) -> Result<(), CliError> {
     let context = || format!("cannot make the data directory {}", directory.display());
     if let Some(parent) = directory.parent() {
         fs::create_dir_all(parent).map_err(|failure| CliError::io(context(), failure))?;

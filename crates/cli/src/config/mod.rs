@@ -14,8 +14,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub(crate) use data::data_directory;
 pub use data::{SECRET_FILE, default_data_directory, find_secret, make_secret};
-pub(crate) use data::{create_private, data_directory};
 pub use keys::{KEYS, Key, nearest};
 pub use values::{Origin, Values};
 

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Anything out of order, too long, too short or badly named ends the copy with an error before it reaches the
-//! [`EntrySink`].
+//! [`EntrySink`]. A link that leads out of the tree is left out: ordinary trees have such links.
 
 use futures::{Sink, SinkExt as _, Stream, StreamExt as _};
 use hypeman_api::copy::{CopyDirection, CopyHeader, CopyRequest, CopyServerFrame};
@@ -38,7 +38,8 @@ pub struct Fetch {
     pub links: Links,
 }
 
-/// Asks for a tree and hands its entries to `sink` in order. `progress` is told of each chunk.
+/// Asks for a tree and hands its entries to `sink` in order. `progress` is told of each chunk. Answers the links
+/// that were left out because of what they say; when nothing else came, that is a failure.
 ///
 /// # Errors
 /// When the guest or server fails or misbehaves, or the sink cannot write.
@@ -47,7 +48,7 @@ pub async fn receive<S, E>(
     fetch: &Fetch,
     sink: &mut E,
     mut progress: impl FnMut(&str, u64),
-) -> Result<(), CliError>
+) -> Result<Vec<String>, CliError>
 where
     S: Stream<Item = Result<Message, tungstenite::Error>> + Sink<Message, Error = tungstenite::Error> + Unpin,
     E: EntrySink,
@@ -72,6 +73,8 @@ where
 
     let mut top: Option<String> = None;
     let mut open: Option<Open> = None;
+    let mut left_out = Vec::new();
+    let mut taken = false;
     loop {
         match socket.next().await {
             Some(Ok(Message::Text(text))) => match frame(text.as_str())? {
@@ -79,20 +82,32 @@ where
                     if open.is_some() {
                         return Err(out_of_order("an entry began inside another"));
                     }
-                    let entry = believe(&header, fetch.links)?;
+                    let entry = believe(&header)?;
                     if *top.get_or_insert_with(|| entry.path.top().to_owned()) != entry.path.top() {
                         return Err(out_of_order("entries of two trees in one copy"));
                     }
-                    progress(&entry.path.to_string(), 0);
-                    sink.begin(&entry)?;
+                    let refused = match &entry.kind {
+                        EntryKind::Link { target } if fetch.links == Links::Inside => {
+                            check_link(&entry.path, target).err()
+                        }
+                        _ => None,
+                    };
                     let left = if let EntryKind::File { size } = entry.kind {
                         size
                     } else {
                         0
                     };
+                    if let Some(reason) = &refused {
+                        left_out.push(reason.to_string());
+                    } else {
+                        progress(&entry.path.to_string(), 0);
+                        sink.begin(&entry)?;
+                        taken = true;
+                    }
                     open = Some(Open {
                         path: entry.path,
                         left,
+                        taken: refused.is_none(),
                     });
                 }
                 CopyServerFrame::End { last } => {
@@ -112,11 +127,19 @@ where
                             entry.path, entry.left
                         )));
                     }
-                    sink.end()?;
+                    if entry.taken {
+                        sink.end()?;
+                    }
                     if last {
-                        sink.finish()?;
                         let _ = socket.close().await;
-                        return Ok(());
+                        if let (false, Some(reason)) = (taken, left_out.first()) {
+                            return Err(CliError::failed_with(
+                                reason.clone(),
+                                "-L copies what links point to; a copy to - passes links on in a tar archive",
+                            ));
+                        }
+                        sink.finish()?;
+                        return Ok(left_out);
                     }
                 }
                 CopyServerFrame::Error { message, path } => {
@@ -155,6 +178,8 @@ where
 struct Open {
     path: RelativePath,
     left: u64,
+    /// The sink knows of it.
+    taken: bool,
 }
 
 pub(super) fn frame(text: &str) -> Result<CopyServerFrame, CliError> {
@@ -175,21 +200,16 @@ pub(super) fn incomplete() -> CliError {
     )
 }
 
-fn believe(header: &CopyHeader, links: Links) -> Result<Entry, CliError> {
+fn believe(header: &CopyHeader) -> Result<Entry, CliError> {
     let refuse =
         |failure: super::path::UnsafePath| CliError::Protocol(format!("the guest sent an {failure}"));
     let path = RelativePath::parse(&header.path).map_err(refuse)?;
     let kind = match (header.is_dir, header.is_symlink) {
         (true, true) => return Err(out_of_order("an entry that is a directory and a link")),
         (true, false) => EntryKind::Directory,
-        (false, true) => {
-            if links == Links::Inside {
-                check_link(&path, &header.link_target).map_err(refuse)?;
-            }
-            EntryKind::Link {
-                target: header.link_target.clone(),
-            }
-        }
+        (false, true) => EntryKind::Link {
+            target: header.link_target.clone(),
+        },
         (false, false) => EntryKind::File { size: header.size },
     };
     Ok(Entry {
