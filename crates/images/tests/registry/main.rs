@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on should panic")]
 
 mod auth;
+mod distribution;
 mod pull;
 mod push;
 mod security;

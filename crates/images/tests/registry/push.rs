@@ -12,7 +12,7 @@ use hypeman_images::{
 use super::support::{Registry, Seen, amd64, answer, client, config_for, noise, store};
 
 /// An image in a blob store.
-async fn stored_image(store: &BlobStore, kind: &str, sizes: &[usize]) -> Manifest {
+pub async fn stored_image(store: &BlobStore, kind: &str, sizes: &[usize]) -> Manifest {
     let layers: Vec<_> = sizes
         .iter()
         .enumerate()
@@ -35,7 +35,7 @@ async fn stored_image(store: &BlobStore, kind: &str, sizes: &[usize]) -> Manifes
     manifest
 }
 
-fn root_of(manifest: &Manifest) -> Descriptor {
+pub fn root_of(manifest: &Manifest) -> Descriptor {
     Descriptor::of(&manifest.media_type, &manifest.raw)
 }
 
