@@ -1,0 +1,6 @@
+//! Between the wire and the engine: requests are checked against the grammars, answers are written as the
+//! contract wants them.
+
+pub mod image;
+pub mod instance;
+pub mod request;

@@ -1,0 +1,172 @@
+//! What surrounds every request: its id, the access log, recovery from panics, authorisation, time limits.
+
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use futures::FutureExt as _;
+use tracing::Instrument as _;
+
+use crate::auth::{Identity, Scope, Verifier};
+use crate::error::ApiError;
+use crate::state::AppState;
+
+/// Header that names a request in answers and logs.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Longest request id that is taken over from a client.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Who may use a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everyone.
+    Public,
+    /// Everyone without a token; a token that is limited must have the scope.
+    PublicUnlessLimited(Scope),
+    /// Tokens with the scope.
+    Scoped(Scope),
+    /// Registry tokens as well as users; checked by the registry itself.
+    Registry,
+}
+
+/// What a route's guard needs to know.
+#[derive(Clone)]
+pub struct Guard {
+    /// Shared state.
+    pub state: AppState,
+    /// Who may use it.
+    pub access: Access,
+    /// How long its handler may take; `None` for routes that are long by nature.
+    pub limit: Option<Duration>,
+}
+
+/// Checks who asks, then runs the handler within its limit.
+pub async fn guard(State(guard): State<Guard>, mut request: Request, next: Next) -> Response {
+    let header = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .map(HeaderValue::as_bytes);
+    let identity = match authorize(&guard.state.verifier, guard.access, header) {
+        Ok(identity) => identity,
+        Err(error) => return error.into_response(),
+    };
+    if let Some(identity) = &identity {
+        request.extensions_mut().insert(identity.clone());
+    }
+    let run = next.run(request);
+    let mut response = match guard.limit {
+        None => run.await,
+        Some(limit) => match tokio::time::timeout(limit, run).await {
+            Ok(response) => response,
+            Err(_) => ApiError::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "timeout",
+                format!(
+                    "the request took longer than {} s; look at the resource before repeating it",
+                    limit.as_secs()
+                ),
+            )
+            .into_response(),
+        },
+    };
+    if let Some(identity) = identity {
+        response.extensions_mut().insert(identity);
+    }
+    response
+}
+
+fn authorize(
+    verifier: &Verifier,
+    access: Access,
+    header: Option<&[u8]>,
+) -> Result<Option<Identity>, ApiError> {
+    let require = |identity: Identity, scope: Scope| {
+        if identity.permissions.allow(scope) {
+            Ok(Some(identity))
+        } else {
+            Err(ApiError::layer(
+                StatusCode::FORBIDDEN,
+                format!("missing required scope: {scope}"),
+            ))
+        }
+    };
+    match access {
+        Access::Public | Access::Registry => Ok(None),
+        Access::PublicUnlessLimited(scope) => match verifier.verify(header) {
+            Ok(identity) => require(identity, scope),
+            Err(_) => Ok(None),
+        },
+        Access::Scoped(scope) => {
+            let identity = verifier
+                .verify(header)
+                .map_err(|error| ApiError::layer(StatusCode::UNAUTHORIZED, error.to_string()))?;
+            require(identity, scope)
+        }
+    }
+}
+
+/// Names the request, logs it, and turns a panic of its handler into a 500.
+pub async fn envelope(request: Request, next: Next) -> Response {
+    let id = request_id(&request);
+    let method = request.method().clone();
+    // The matched path keeps identifiers of high number out of logs; the query may hold secrets and never enters.
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "-".to_owned(), |path| path.as_str().to_owned());
+    let path = request.uri().path().to_owned();
+    let started = Instant::now();
+    let span = tracing::info_span!("request", id = %id.to_str().unwrap_or_default());
+    let mut response = async {
+        AssertUnwindSafe(next.run(request))
+            .catch_unwind()
+            .await
+            .unwrap_or_else(|panic| {
+                let cause = panic
+                    .downcast_ref::<&str>()
+                    .map(|text| (*text).to_owned())
+                    .or_else(|| panic.downcast_ref::<String>().cloned())
+                    .unwrap_or_else(|| "unknown panic".to_owned());
+                ApiError::internal(&format!("panic: {cause}")).into_response()
+            })
+    }
+    .instrument(span.clone())
+    .await;
+    let subject = response
+        .extensions()
+        .get::<Identity>()
+        .map_or("-", |identity| identity.subject.as_str());
+    span.in_scope(|| {
+        tracing::info!(
+            %method,
+            route,
+            path,
+            status = response.status().as_u16(),
+            milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            subject,
+            "served"
+        );
+    });
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// The client's id when it can be logged safely, else a fresh one.
+fn request_id(request: &Request) -> HeaderValue {
+    let given = request.headers().get(REQUEST_ID).filter(|value| {
+        !value.is_empty()
+            && value.len() <= MAX_REQUEST_ID
+            && value
+                .as_bytes()
+                .iter()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
+    });
+    given.cloned().unwrap_or_else(|| {
+        let text = format!("{:032x}", rand::random::<u128>());
+        HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static("-"))
+    })
+}

@@ -1,0 +1,132 @@
+//! Every route against the scope table.
+
+use axum::http::{Method, StatusCode};
+use bytes::Bytes;
+
+use super::support::{Server, token};
+use crate::auth::{ALL, Scope};
+use crate::middleware::Access;
+use crate::routes::{Route, table};
+
+fn concrete(route: &Route) -> String {
+    route
+        .path
+        .replace("{id}", "aaaaaaaaaaaaaaaaaaaaaaaa")
+        .replace("{name}", "nothing")
+        .replace("{*path}", "")
+}
+
+#[tokio::test]
+async fn every_scoped_route_wants_a_token_and_its_scope() {
+    let server = Server::start().await;
+    for route in table() {
+        let Access::Scoped(scope) = route.access else {
+            continue;
+        };
+        let method = route.method.clone().unwrap();
+        let path = concrete(&route);
+        let what = format!("{method} {path}");
+
+        let anonymous = server.send(method.clone(), &path, &[], Bytes::new()).await;
+        assert_eq!(anonymous.status, StatusCode::UNAUTHORIZED, "{what}");
+        assert_eq!(anonymous.code(), "Unauthorized", "{what}");
+        assert_eq!(anonymous.message(), "authorization header required", "{what}");
+
+        let others: Vec<Scope> = ALL.iter().copied().filter(|other| *other != scope).collect();
+        let header = [("authorization", format!("Bearer {}", token(Some(&others))))];
+        let limited = server.send(method.clone(), &path, &header, Bytes::new()).await;
+        assert_eq!(limited.status, StatusCode::FORBIDDEN, "{what}");
+        assert_eq!(limited.code(), "Forbidden", "{what}");
+        assert_eq!(
+            limited.message(),
+            format!("missing required scope: {scope}"),
+            "{what}"
+        );
+
+        let header = [("authorization", format!("Bearer {}", token(Some(&[scope]))))];
+        let allowed = server.send(method, &path, &header, Bytes::new()).await;
+        assert!(
+            !matches!(allowed.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN),
+            "{what}: {}",
+            allowed.status
+        );
+        assert!(!allowed.status.is_server_error(), "{what}: {}", allowed.status);
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_scope_of_each_route_is_the_contracts() {
+    use Scope::{
+        ImageDelete, ImageRead, ImageWrite, InstanceDelete, InstanceRead, InstanceWrite, ResourceRead,
+    };
+    for route in table() {
+        let Access::Scoped(scope) = route.access else {
+            continue;
+        };
+        let method = route.method.clone().unwrap();
+        let read = method == Method::GET && !route.path.ends_with("/exec") && !route.path.ends_with("/cp");
+        let expected = match (
+            route.path.split('/').nth(1).unwrap(),
+            read,
+            method == Method::DELETE,
+        ) {
+            ("instances", true, _) => InstanceRead,
+            ("instances", false, true) => InstanceDelete,
+            ("instances", false, false) => InstanceWrite,
+            ("images", true, _) => ImageRead,
+            ("images", false, true) => ImageDelete,
+            ("images", false, false) => ImageWrite,
+            _ => ResourceRead,
+        };
+        assert_eq!(scope, expected, "{method} {}", route.path);
+    }
+}
+
+#[tokio::test]
+async fn health_and_documents_need_no_token() {
+    let server = Server::start().await;
+    for path in ["/health", "/spec.json", "/spec.yaml", "/swagger"] {
+        let answer = server.send(Method::GET, path, &[], Bytes::new()).await;
+        assert_eq!(answer.status, StatusCode::OK, "{path}");
+    }
+    let health = server.send(Method::GET, "/health", &[], Bytes::new()).await;
+    assert_eq!(health.body, r#"{"status":"ok"}"#);
+    let limited = [(
+        "authorization",
+        format!("Bearer {}", token(Some(&[Scope::ImageRead]))),
+    )];
+    let answer = server.send(Method::GET, "/health", &limited, Bytes::new()).await;
+    assert_eq!(
+        (answer.status, answer.code().as_str()),
+        (StatusCode::FORBIDDEN, "Forbidden")
+    );
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn tokens_of_the_wrong_kind_are_refused_with_the_contracts_words() {
+    let server = Server::start().await;
+    for (header, message) in [
+        ("Basic abc".to_owned(), "invalid authorization header format"),
+        ("Bearer".to_owned(), "invalid authorization header format"),
+        ("Bearer nonsense".to_owned(), "invalid token"),
+        // {"alg":"none"} . {"sub":"x","exp":4102444800}
+        (
+            "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJ4IiwiZXhwIjo0MTAyNDQ0ODAwfQ.".to_owned(),
+            "invalid token",
+        ),
+    ] {
+        let answer = server
+            .send(
+                Method::GET,
+                "/instances",
+                &[("authorization", header.clone())],
+                Bytes::new(),
+            )
+            .await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{header}");
+        assert_eq!(answer.message(), message, "{header}");
+    }
+    server.stop().await;
+}
