@@ -355,6 +355,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for BeaconReader<S> {
             other => return other,
         }
         if self.knocks(&buf.filled()[before..]) {
+            buf.set_filled(before);
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         Poll::Ready(Ok(()))

@@ -8,8 +8,11 @@
 use std::ffi::{c_char, c_int};
 
 /// Called by the C library.
+///
+/// # Safety
+/// `arguments` is the process's argument vector.
 #[unsafe(no_mangle)]
-pub extern "C" fn main(_count: c_int, arguments: *const *mut c_char) -> c_int {
+pub unsafe extern "C" fn main(_count: c_int, arguments: *const *mut c_char) -> c_int {
     if std::process::id() != 1 {
         let message = b"hypeman-guest runs as process 1 of a virtual machine\n";
         // Whoever started it by hand reads this or does not.

@@ -1,5 +1,7 @@
 //! The guest program in real machines. Slow, and in need of QEMU, a kernel and file system tools, so ignored by
 //! default: `cargo test -p hypeman-guest --test boot -- --ignored` (see `lab/mod.rs` for what it looks for).
+// The lints' exception for tests does not reach helpers of integration tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod lab;
 

@@ -126,12 +126,10 @@ fn abandoned() -> Refusal {
 }
 
 fn wait_for_finish(words: &mut mpsc::Receiver<Word>) -> Result<(), Refusal> {
-    loop {
-        match words.blocking_recv() {
-            Some(Word::Finish) => return Ok(()),
-            Some(Word::Data(_)) => return Err(refuse(RefusalCode::Invalid, "only files have content")),
-            None => return Err(abandoned()),
-        }
+    match words.blocking_recv() {
+        Some(Word::Finish) => Ok(()),
+        Some(Word::Data(_)) => Err(refuse(RefusalCode::Invalid, "only files have content")),
+        None => Err(abandoned()),
     }
 }
 
@@ -230,7 +228,7 @@ fn set_time(path: &Path, request: &CopyTo) -> io::Result<()> {
     let times = Timestamps {
         last_access: Timespec {
             tv_sec: 0,
-            tv_nsec: UTIME_OMIT.into(),
+            tv_nsec: UTIME_OMIT,
         },
         last_modification: Timespec {
             tv_sec: nanos.div_euclid(1_000_000_000),

@@ -34,6 +34,9 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long killed processes may hold on to the output.
 const DRAIN: Duration = Duration::from_secs(2);
 
+/// Time for the answer to a request to reach the host before the machine goes down.
+const ANSWER_LEAVES: Duration = Duration::from_millis(20);
+
 /// The realtime signal by which systemd is told to power off: the 4th after the first of its C library.
 const SYSTEMD_POWER_OFF: i32 = 34 + 4;
 
@@ -204,8 +207,7 @@ impl Machine for Instance {
             Life::Over => {}
             Life::Empty => {
                 tokio::task::spawn_local(async move {
-                    // Lets the answer to the host leave first.
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(ANSWER_LEAVES).await;
                     switch_off(&disks, power_switch);
                 });
             }
@@ -220,8 +222,10 @@ impl Machine for Instance {
                 });
             }
             Life::Init => {
-                ask_init_to_end();
                 tokio::task::spawn_local(async move {
+                    // Some inits end everything within a moment: the answer to the host leaves first.
+                    tokio::time::sleep(ANSWER_LEAVES).await;
+                    ask_init_to_end();
                     tokio::time::sleep(grace).await;
                     log_line!("the init did not end in time");
                     switch_off(&disks, power_switch);

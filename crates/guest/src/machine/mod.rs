@@ -25,7 +25,11 @@ pub use handover::ProcessName;
 use std::{rc::Rc, time::Duration};
 
 use rustix::process::{Pid, WaitOptions, wait};
-use tokio::{runtime::Builder, task::LocalSet};
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
+    task::LocalSet,
+};
 
 use crate::{
     agent::{Agent, Reaper},
@@ -65,6 +69,14 @@ fn boot(name: ProcessName) -> std::io::Result<()> {
 
 async fn serve(name: ProcessName) -> std::io::Result<()> {
     let reaper = Reaper::start(true)?;
+    // Inits end all processes politely first; the agent stays for the host. Handled rather than ignored, because
+    // that is not inherited by what we start.
+    let _polite = [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ]
+    .map(signal);
     let agent = Agent::new(Box::new(Instance::new(name)), reaper);
     if vsock::is_present() {
         return serve_vsock(&agent).await;

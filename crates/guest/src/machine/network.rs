@@ -56,41 +56,37 @@ impl Interface {
         Ok(Interface { socket, name: raw })
     }
 
-    fn call(&self, request: u64, value: &[u8]) -> io::Result<[u8; 24]> {
+    fn call(&self, request: libc::Ioctl, value: &[u8]) -> io::Result<[u8; 24]> {
         let mut argument = InterfaceRequest {
             name: self.name,
             value: [0; 24],
         };
         argument.value[..value.len()].copy_from_slice(value);
         // SAFETY: these requests read and write one `struct ifreq`, which the argument is.
-        if unsafe { libc::ioctl(self.socket.as_raw_fd(), request as _, &raw mut argument) } < 0 {
+        if unsafe { libc::ioctl(self.socket.as_raw_fd(), request, &raw mut argument) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(argument.value)
     }
 
     fn set_up(&self, up: bool) -> io::Result<()> {
-        let value = self.call(libc::SIOCGIFFLAGS as u64, &[])?;
+        let value = self.call(libc::SIOCGIFFLAGS, &[])?;
         let mut flags = u16::from_ne_bytes([value[0], value[1]]);
         let bit = libc::IFF_UP as u16;
         flags = if up { flags | bit } else { flags & !bit };
-        self.call(libc::SIOCSIFFLAGS as u64, &flags.to_ne_bytes())
-            .map(drop)
+        self.call(libc::SIOCSIFFLAGS, &flags.to_ne_bytes()).map(drop)
     }
 
     fn set_address(&self, address: Ipv4Addr, prefix_length: u8) -> io::Result<()> {
-        self.call(libc::SIOCSIFADDR as u64, &internet_address(address))?;
+        self.call(libc::SIOCSIFADDR, &internet_address(address))?;
         if address.is_unspecified() {
             return Ok(());
         }
         let mask = u32::MAX
             .checked_shl(32 - u32::from(prefix_length.min(32)))
             .unwrap_or(0);
-        self.call(
-            libc::SIOCSIFNETMASK as u64,
-            &internet_address(Ipv4Addr::from(mask)),
-        )
-        .map(drop)
+        self.call(libc::SIOCSIFNETMASK, &internet_address(Ipv4Addr::from(mask)))
+            .map(drop)
     }
 
     fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
@@ -98,10 +94,10 @@ impl Interface {
         let mut value = [0; 16];
         value[..2].copy_from_slice(&ETHERNET.to_ne_bytes());
         value[2..8].copy_from_slice(&mac);
-        match self.call(libc::SIOCSIFHWADDR as u64, &value) {
+        match self.call(libc::SIOCSIFHWADDR, &value) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 self.set_up(false)?;
-                self.call(libc::SIOCSIFHWADDR as u64, &value).map(drop)
+                self.call(libc::SIOCSIFHWADDR, &value).map(drop)
             }
             other => other.map(drop),
         }
@@ -127,7 +123,7 @@ impl Interface {
             round_trip: 0,
         };
         // SAFETY: the request reads one `struct rtentry` and the name that it points to; both live on.
-        if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCADDRT as _, &raw const route) } < 0 {
+        if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) } < 0 {
             let error = io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EEXIST) {
                 return Err(error);

@@ -85,7 +85,7 @@ fn records(table: &str) -> impl Iterator<Item = Vec<&str>> {
         .map(|line| line.trim_end().split(':').collect())
 }
 
-fn find<'a>(table: &'a str, wanted: impl Fn(&[&str]) -> bool) -> Option<Vec<&'a str>> {
+fn find(table: &str, wanted: impl Fn(&[&str]) -> bool) -> Option<Vec<&str>> {
     records(table).find(|fields| wanted(fields))
 }
 

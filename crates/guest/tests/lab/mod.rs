@@ -3,7 +3,8 @@
 //! Kernel: `HYPEMAN_TEST_KERNEL` (an uncompressed PVH kernel), else `/tmp/kb/vmlinux`. Modules for a kernel that
 //! needs them: `HYPEMAN_TEST_MODULES`, a directory with `order`. Guest program: `HYPEMAN_TEST_GUEST`, built with
 //! `cargo build -p hypeman-guest --profile guest --target x86_64-unknown-linux-musl`.
-#![allow(dead_code)]
+// The lints' exception for tests does not reach helpers of integration tests; not every test uses every helper.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 use std::{
     fs,
