@@ -256,9 +256,9 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
     /// No byte is lost or written twice.
     async fn reopen_workload_log(&self) -> Result<(), VmmError>;
-    async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
-        Ok(())
-    }
+
+    /// The same for the kernel console in the VMM log. What the VMM itself prints stays in the old file.
+    async fn reopen_vmm_log(&self) -> Result<(), VmmError>;
 
     /// Usage of the VMM process from `/proc`.
     fn stats(&self) -> Result<MachineStats, VmmError>;

@@ -100,7 +100,7 @@ pub(crate) fn arguments(
     }
     line.option("-kernel", text(&spec.kernel)?);
     line.option("-initrd", text(&spec.initramfs)?);
-    line.option("-append", kernel_arguments(board, spec, host)?);
+    line.option("-append", kernel_arguments(spec, host)?);
 
     line.option(
         "-chardev",
@@ -243,7 +243,7 @@ fn file_chardev(id: &str, path: &Path) -> Result<String, VmmError> {
     Ok(format!("file,id={id},path={},append=on", escaped(path)?))
 }
 
-fn kernel_arguments(board: Board, spec: &MachineSpec, host: &Host) -> Result<String, VmmError> {
+fn kernel_arguments(spec: &MachineSpec, host: &Host) -> Result<String, VmmError> {
     // A reboot ends the machine, so a panic ends it at once, its message on the console. `cryptomgr.notests`
     // spares a distribution's kernel its self-tests, a tenth of its boot.
     let mut words: Vec<String> = [
@@ -257,9 +257,6 @@ fn kernel_arguments(board: Board, spec: &MachineSpec, host: &Host) -> Result<Str
     .chain(["net.ifnames=0"])
     .map(str::to_owned)
     .collect();
-    if board == Board::Microvm {
-        words.push("pci=off".to_owned());
-    }
     if let Some(khz) = host.tsc_khz {
         // Without these a microvm guest calibrates its clock by polling, which fails on a busy host and then
         // hangs for ever; q35 merely boots faster.

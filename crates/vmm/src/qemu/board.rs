@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! q35      pcie.0   02 serial  03 rng  04 balloon  05 nic  06… disks (ascending: first is /dev/vda)
-//! microvm  mmio     0  serial  1  rng  2  balloon  3  nic  23… disks (descending: the kernel meets the
-//!                                                          highest transport first, so first is /dev/vda)
+//! microvm  mmio     1  serial  2  rng  3  balloon  4  nic  23… disks (descending: the kernel meets the
+//!                                                          highest transport first, so first is /dev/vda).
+//!                   0 stays empty: its interrupt never arrives in the guest
 //! ```
 //!
 //! Invariant: addresses never depend on which optional devices a machine has. A captured machine can only be
@@ -36,7 +37,7 @@ const Q35_FIRST_DISK: usize = 6;
 /// Slot 31 belongs to the board itself.
 const Q35_LAST_DISK: usize = 30;
 const MICROVM_LAST_TRANSPORT: usize = 23;
-const MICROVM_FIXED_TRANSPORTS: usize = 4;
+const MICROVM_FIRST_DISK: usize = 5;
 
 impl Board {
     pub(crate) fn kind(self) -> VmmKind {
@@ -49,7 +50,7 @@ impl Board {
     pub(crate) fn max_disks(self) -> usize {
         match self {
             Self::Q35 => Q35_LAST_DISK + 1 - Q35_FIRST_DISK,
-            Self::Microvm => MICROVM_LAST_TRANSPORT + 1 - MICROVM_FIXED_TRANSPORTS,
+            Self::Microvm => MICROVM_LAST_TRANSPORT + 1 - MICROVM_FIRST_DISK,
         }
     }
 
@@ -95,10 +96,10 @@ impl Board {
             (Self::Q35, Slot::Balloon) => 4,
             (Self::Q35, Slot::Nic) => 5,
             (Self::Q35, Slot::Disk(index)) => Q35_FIRST_DISK + index,
-            (Self::Microvm, Slot::Serial) => 0,
-            (Self::Microvm, Slot::Random) => 1,
-            (Self::Microvm, Slot::Balloon) => 2,
-            (Self::Microvm, Slot::Nic) => 3,
+            (Self::Microvm, Slot::Serial) => 1,
+            (Self::Microvm, Slot::Random) => 2,
+            (Self::Microvm, Slot::Balloon) => 3,
+            (Self::Microvm, Slot::Nic) => 4,
             (Self::Microvm, Slot::Disk(index)) => MICROVM_LAST_TRANSPORT.saturating_sub(index),
         }
     }

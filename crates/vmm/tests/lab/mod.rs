@@ -1,0 +1,218 @@
+//! Machines for the tests: a small guest, the kernels at hand, and everything ends with the test.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use hypeman_kernel::{BootArtifacts, KernelOptions, Kernels};
+use hypeman_vmm::{Accelerator, AgentChannel, Disk, Machine, MachineSpec, Vmm, VmmKind, VmmOptions, Vmms};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+/// Long enough for any machine, however busy.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const BOARDS: [VmmKind; 2] = [VmmKind::Qemu, VmmKind::QemuMicrovm];
+
+pub struct Lab {
+    pub directory: tempfile::TempDir,
+    pub vmms: Vmms,
+    boot: BootArtifacts,
+}
+
+impl Lab {
+    /// `None`, with the reason printed, where this host lacks something.
+    pub fn new() -> Option<Self> {
+        let kernel = kernels().into_iter().next();
+        if kernel.is_none() {
+            println!(
+                "skipped: no guest kernel; set HYPEMAN_TEST_KERNEL_DIR or run kernel/fetch or kernel/build"
+            );
+        }
+        Self::with_kernel(&kernel?)
+    }
+
+    pub fn with_kernel(kernel: &Path) -> Option<Self> {
+        if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
+            println!("skipped: QEMU is not installed");
+            return None;
+        }
+        let guest = guest()?;
+        let directory = tempfile::Builder::new().prefix("hv").tempdir().unwrap();
+        let options = KernelOptions {
+            kernel: Some(kernel.to_owned()),
+            search: Vec::new(),
+        };
+        let boot = Kernels::open(&directory.path().join("system"), options)
+            .unwrap()
+            .prepare(guest)
+            .unwrap();
+        let vmms = Vmms::detect(VmmOptions {
+            accelerator: Some(Accelerator::Tcg),
+            ..VmmOptions::default()
+        });
+        Some(Self {
+            directory,
+            vmms,
+            boot,
+        })
+    }
+
+    pub fn release(&self) -> &str {
+        &self.boot.kernel_release
+    }
+
+    pub fn driver(&self, kind: VmmKind) -> Arc<dyn Vmm> {
+        self.vmms.get(kind).unwrap()
+    }
+
+    /// A machine of 128 MiB that has nothing but its channels.
+    pub fn spec(&self, id: &str) -> MachineSpec {
+        let runtime_directory = self.directory.path().join(id);
+        std::fs::create_dir_all(&runtime_directory).unwrap();
+        MachineSpec {
+            id: id.to_owned(),
+            cpus: 1,
+            memory_bytes: 128 << 20,
+            memory_file: None,
+            kernel: self.boot.kernel.clone(),
+            initramfs: self.boot.initramfs.clone(),
+            kernel_arguments: Vec::new(),
+            disks: Vec::new(),
+            nic: None,
+            workload_log: runtime_directory.join("app.log"),
+            vmm_log: runtime_directory.join("vmm.log"),
+            runtime_directory,
+        }
+    }
+
+    pub fn disk(&self, name: &str, mebibytes: u64) -> Disk {
+        let path = self.directory.path().join(name);
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(mebibytes << 20)
+            .unwrap();
+        Disk {
+            path,
+            read_only: false,
+            limit: None,
+        }
+    }
+
+    pub async fn launch(&self, kind: VmmKind, spec: &MachineSpec) -> Running {
+        Running::of(self.driver(kind).launch(spec).await.unwrap())
+    }
+}
+
+/// A machine that does not outlive its test.
+pub struct Running(Option<Box<dyn Machine>>);
+
+impl Running {
+    pub fn of(machine: Box<dyn Machine>) -> Self {
+        Self(Some(machine))
+    }
+
+    /// Drops the handle and lets the process live.
+    pub fn abandon(mut self) {
+        self.0 = None;
+    }
+}
+
+impl std::ops::Deref for Running {
+    type Target = dyn Machine;
+
+    fn deref(&self) -> &Self::Target {
+        self.0.as_deref().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Some(machine) = &self.0 else { return };
+        let identity = machine.process();
+        if identity.is_alive() {
+            let _ = Command::new("kill")
+                .args(["-9", &identity.pid.to_string()])
+                .status();
+        }
+    }
+}
+
+/// The agent's port, as the tests' guest speaks on it.
+pub struct Agent(BufReader<UnixStream>);
+
+impl Agent {
+    pub async fn connect(machine: &dyn Machine) -> Self {
+        let AgentChannel::SerialSocket(path) = machine.agent_channel() else {
+            panic!("no serial channel")
+        };
+        Self(BufReader::new(UnixStream::connect(path).await.unwrap()))
+    }
+
+    /// Sends an order and does not wait for what becomes of it.
+    pub async fn order(&mut self, order: &str) {
+        self.0
+            .get_mut()
+            .write_all(format!("{order}\n").as_bytes())
+            .await
+            .unwrap();
+    }
+
+    pub async fn ask(&mut self, order: &str) -> String {
+        self.order(order).await;
+        let mut line = String::new();
+        tokio::time::timeout(PATIENCE, self.0.read_line(&mut line))
+            .await
+            .unwrap()
+            .unwrap();
+        line.trim_end().to_owned()
+    }
+}
+
+pub async fn ended(machine: &dyn Machine) {
+    tokio::time::timeout(PATIENCE, machine.exited())
+        .await
+        .expect("the machine should have ended");
+}
+
+/// Kernels at hand, the quickest first.
+pub fn kernels() -> Vec<PathBuf> {
+    std::env::var_os("HYPEMAN_TEST_KERNEL_DIR")
+        .map(PathBuf::from)
+        .into_iter()
+        .chain(["/tmp/kb/vmlinux", "/tmp/distro"].map(PathBuf::from))
+        .filter(|path| path.is_file() || path.join("vmlinux").is_file() || path.join("boot").is_dir())
+        .collect()
+}
+
+/// The guest program, built once.
+fn guest() -> Option<&'static [u8]> {
+    static GUEST: OnceLock<Option<Vec<u8>>> = OnceLock::new();
+    GUEST.get_or_init(build_guest).as_deref()
+}
+
+fn build_guest() -> Option<Vec<u8>> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/init.rs");
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("init");
+    let built = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()))
+        .args([
+            "--edition=2024",
+            "--target=x86_64-unknown-linux-musl",
+            "-Copt-level=s",
+            "-Cpanic=abort",
+        ])
+        .args(["-Cstrip=symbols", "-Ctarget-feature=+crt-static", "-o"])
+        .arg(&program)
+        .arg(source)
+        .output()
+        .unwrap();
+    if !built.status.success() {
+        println!(
+            "skipped: the guest cannot be built: {}",
+            String::from_utf8_lossy(&built.stderr)
+        );
+        return None;
+    }
+    Some(std::fs::read(program).unwrap())
+}
