@@ -1,6 +1,10 @@
 //! The blob store: commits, upload sessions, restarts and full disks.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on should panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on should panic"
+)]
 
 use std::path::Path;
 use std::time::Duration;
@@ -93,6 +97,30 @@ async fn storing_the_same_blob_twice_is_storing_it_once() {
         .await
         .unwrap();
     assert_eq!(files(dir.path()).len(), 1);
+}
+
+#[tokio::test]
+async fn a_blob_that_is_found_again_is_young_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).await;
+    let digest = store.put_bytes(Bytes::from_static(b"old")).await.unwrap();
+    let old = std::time::SystemTime::now() - Duration::from_secs(7200);
+    let age = || {
+        std::fs::File::options()
+            .write(true)
+            .open(store.path(&digest))
+            .unwrap()
+            .set_modified(old)
+            .unwrap()
+    };
+    age();
+    assert_eq!(store.list().await.unwrap()[0].modified, old);
+    assert_eq!(store.touch(&digest).await.unwrap(), Some(3));
+    assert!(store.list().await.unwrap()[0].modified > old);
+    age();
+    store.put_bytes(Bytes::from_static(b"old")).await.unwrap();
+    assert!(store.list().await.unwrap()[0].modified > old);
+    assert_eq!(store.touch(&Digest::of(b"absent")).await.unwrap(), None);
 }
 
 #[tokio::test]

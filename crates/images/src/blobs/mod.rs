@@ -55,7 +55,7 @@ impl Default for BlobStoreOptions {
         Self {
             max_blob_bytes: crate::manifest::MAX_BLOB_BYTES,
             max_pending_upload_bytes: 512 << 30,
-            max_uploads: 1024,
+            max_uploads: 256,
             upload_max_age: Duration::from_secs(24 * 3600),
             partial_max_age: Duration::from_secs(24 * 3600),
         }
@@ -69,7 +69,7 @@ pub struct BlobInfo {
     pub digest: Digest,
     /// Its size in bytes.
     pub size: u64,
-    /// When it was committed.
+    /// When it was committed, or found again by [`BlobStore::touch`] and the transfers.
     pub modified: SystemTime,
 }
 
@@ -156,6 +156,27 @@ impl BlobStore {
         }
     }
 
+    /// As [`BlobStore::size`], and marks the blob as just used: a collector that spares young blobs will not take it
+    /// from under someone who found it instead of storing it.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`].
+    pub async fn touch(&self, digest: &Digest) -> Result<Option<u64>> {
+        let (path, digest) = (self.path(digest), *digest);
+        blocking(move || {
+            let touched = fs::File::open(&path).and_then(|file| {
+                file.set_modified(SystemTime::now())?;
+                Ok(file.metadata()?.len())
+            });
+            match touched {
+                Ok(size) => Ok(Some(size)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(ImageError::io(format!("look up blob {digest}"), error)),
+            }
+        })
+        .await
+    }
+
     /// Whether a blob is here.
     ///
     /// # Errors
@@ -211,7 +232,7 @@ impl BlobStore {
     /// [`ImageError::NoSpace`], [`ImageError::Io`].
     pub async fn put_bytes(&self, bytes: Bytes) -> Result<Digest> {
         let digest = Digest::of(&bytes);
-        if self.size(&digest).await? == Some(bytes.len() as u64) {
+        if self.touch(&digest).await? == Some(bytes.len() as u64) {
             return Ok(digest);
         }
         let mut writer = self.writer().await?;

@@ -174,7 +174,7 @@ async fn download(session: &Session, store: &BlobStore, blob: &Descriptor, meter
         () = session.cancel.cancelled() => return Err(ImageError::Cancelled),
         turn = store.lock_transfer(&blob.digest) => turn,
     };
-    if let Some(actual) = store.size(&blob.digest).await? {
+    if let Some(actual) = store.touch(&blob.digest).await? {
         if actual != blob.size {
             return Err(ImageError::SizeMismatch {
                 what: format!("blob {}", blob.digest),

@@ -387,3 +387,25 @@ async fn what_skopeo_writes_is_read() {
     let packed = open(&gzip(&plain)).await.unwrap();
     check(&packed, &packed.image(None).unwrap().root);
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config::with_cases(200))]
+    #[test]
+    fn no_damage_to_an_archive_makes_the_reader_panic(
+        damage in proptest::collection::vec((0..20_000usize, proptest::prelude::any::<u8>()), 1..20),
+        cut in 0..20_000usize,
+    ) {
+        let (mut bytes, _, _) = docker_save();
+        for (position, byte) in damage {
+            let length = bytes.len();
+            bytes[position % length] = byte;
+        }
+        bytes.truncate(bytes.len().saturating_sub(cut / 4));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        if let Ok(archive) = runtime.block_on(open(&bytes)) {
+            for image in archive.images() {
+                let _ = archive.locate(&image.root.digest).unwrap();
+            }
+        }
+    }
+}
