@@ -231,6 +231,3 @@ fn io_error(context: &str, path: &Path) -> impl FnOnce(std::io::Error) -> VmmErr
     let context = format!("{context} {}", path.display());
     move |source| VmmError::Io { context, source }
 }
-
-#[cfg(test)]
-mod tests;
