@@ -56,14 +56,14 @@ impl Interface {
         Ok(Interface { socket, name: raw })
     }
 
-    fn call(&self, request: libc::Ioctl, value: &[u8]) -> io::Result<[u8; 24]> {
+    fn call(&self, request: u64, value: &[u8]) -> io::Result<[u8; 24]> {
         let mut argument = InterfaceRequest {
             name: self.name,
             value: [0; 24],
         };
         argument.value[..value.len()].copy_from_slice(value);
         // SAFETY: these requests read and write one `struct ifreq`, which the argument is.
-        if unsafe { libc::ioctl(self.socket.as_raw_fd(), request, &raw mut argument) } < 0 {
+        if unsafe { libc::ioctl(self.socket.as_raw_fd(), request as _, &raw mut argument) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(argument.value)
@@ -123,7 +123,7 @@ impl Interface {
             round_trip: 0,
         };
         // SAFETY: the request reads one `struct rtentry` and the name that it points to; both live on.
-        if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) } < 0 {
+        if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCADDRT as _, &raw const route) } < 0 {
             let error = io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EEXIST) {
                 return Err(error);
