@@ -47,56 +47,24 @@ install_with_apt() {
 		{ tail -n 20 "$TARGET_DIRECTORY/apt.log" >&2; fail "apt-get could not install: $*"; }
 }
 
-# Name of the package that holds the cloud kernel of this distribution.
-kernel_package() {
-	local flavour=amd64
-	[ "$ARCHITECTURE" = aarch64 ] && flavour=arm64
-	apt-cache depends "linux-image-cloud-$flavour" 2>/dev/null |
-		sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
-}
-
-# The guest kernel: a small one built by kernel/build, else the host's, else the distribution's cloud kernel,
-# downloaded into the cache and never installed. Prints nothing; `kernel_path` tells.
+# The guest kernel: the small one of kernel/build where it was built, else the distribution's, unpacked into the cache
+# and never installed.
 fetch_kernel() {
 	[ -n "$(kernel_path)" ] && return
-	have apt-get || fail "no guest kernel: install your distribution's kernel package or run kernel/build"
-	local package
-	[ -n "$(kernel_package)" ] || refresh_apt
-	package=$(kernel_package)
-	[ -n "$package" ] || fail "no guest kernel: apt knows no linux-image-cloud package; run kernel/build"
-	say "fetching the guest kernel $package (not installed, only unpacked)"
-	local work=$CACHE_DIRECTORY/kernel.new
-	rm -rf "$work"
-	mkdir -p "$work"
-	(cd "$work" && apt-get download -qq "$package" >/dev/null 2>&1) || {
-		refresh_apt
-		package=$(kernel_package)
-		(cd "$work" && apt-get download -qq "$package" >/dev/null) || fail "cannot download $package"
-	}
-	dpkg -x "$work"/*.deb "$work/root"
-	rm -rf "$work"/*.deb "$CACHE_DIRECTORY/kernel"
-	mv "$work/root" "$CACHE_DIRECTORY/kernel"
-	rm -rf "$work"
+	say "fetching the distribution's guest kernel (unpacked under $CACHE_DIRECTORY, not installed)"
+	kernel/fetch "$CACHE_DIRECTORY/kernel" >/dev/null
 }
 
-# Path of the guest kernel, empty when there is none yet.
+# File or directory of the guest kernel, empty when there is none yet.
 kernel_path() {
 	local candidate
-	for candidate in "${HYPEMAN_KERNEL:-}" "$TARGET_DIRECTORY/kernel/vmlinux" \
-		"$CACHE_DIRECTORY"/kernel/boot/vmlinuz-*; do
+	for candidate in "${HYPEMAN_KERNEL:-}" "$TARGET_DIRECTORY/kernel/vmlinux"; do
 		[ -f "$candidate" ] && { echo "$candidate"; return; }
 	done
-	echo
-}
-
-# Directory with the modules of that kernel, empty when it needs none or the server finds them itself.
-kernel_modules() {
-	local directory
-	case "$(kernel_path)" in "$CACHE_DIRECTORY"/kernel/*) ;; *) return 0 ;; esac
-	for directory in "$CACHE_DIRECTORY"/kernel/lib/modules/* "$CACHE_DIRECTORY"/kernel/usr/lib/modules/*; do
-		[ -d "$directory" ] && { echo "$directory"; return; }
+	for candidate in "$CACHE_DIRECTORY"/kernel/boot/vmlinuz-*; do
+		[ -f "$candidate" ] && echo "$CACHE_DIRECTORY/kernel"
+		return
 	done
-	return 0
 }
 
 # The official SDKs and the property-based client, each by its own package manager, under target/contract.

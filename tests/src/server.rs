@@ -308,10 +308,6 @@ fn write_configuration(
     });
     if let Some(kernel) = crate::kernel() {
         settings["kernel"] = json!({"path": kernel});
-        if let Some(modules) = std::env::var_os("HYPEMAN_TEST_KERNEL_MODULES").filter(|path| !path.is_empty())
-        {
-            settings["kernel"]["modules"] = json!(PathBuf::from(modules));
-        }
     }
     for (key, value) in &options.settings {
         let place = key.split('.').fold(&mut settings, |place, part| &mut place[part]);
