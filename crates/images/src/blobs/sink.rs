@@ -1,7 +1,6 @@
 //! Where bytes of an unfinished blob go: a locked file, hashed as it grows.
 //!
-//! A [`Sink`] does blocking work and is moved into blocking tasks; [`Stream`](super::writer) code never touches the
-//! file itself.
+//! A sink does blocking work and is moved into blocking tasks; async code never touches the file itself.
 
 use std::fs;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};

@@ -12,9 +12,10 @@
 //!
 //! Invariants:
 //! * A secret leaves this process only towards the registry that it belongs to, or that registry's own token service.
-//! * No request follows a server's word (redirect, realm, upload location) without [`policy`] having agreed.
+//! * No request follows a server's word (redirect, realm, upload location) without the policy having agreed.
 //! * Every wait has a deadline and every answer a size limit.
 
+mod answer;
 mod auth;
 mod credentials;
 mod policy;

@@ -12,11 +12,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rand::Rng as _;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Method, Response, StatusCode, Url};
-use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
+use super::answer::{is_passing, retry_after, server_message};
 use super::auth::{self, Challenge, Token, TokenKey};
 use super::credentials::{self, Credentials};
 use super::policy::{Origin, Policy, Reach};
@@ -463,51 +463,4 @@ fn secret_header(text: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(text).ok()?;
     value.set_sensitive(true);
     Some(value)
-}
-
-/// Statuses that may be gone at the next attempt.
-fn is_passing(status: StatusCode) -> bool {
-    matches!(
-        status,
-        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
-    ) || (status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED)
-}
-
-/// `Retry-After` in seconds; the date form is not used by registries and is ignored.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers
-        .get(RETRY_AFTER)?
-        .to_str()
-        .ok()?
-        .trim()
-        .parse::<u64>()
-        .ok()?;
-    Some(Duration::from_secs(seconds.min(24 * 3600)))
-}
-
-/// The message in a registry's error body, made fit to print.
-fn server_message(body: &[u8]) -> String {
-    #[derive(Deserialize)]
-    struct Body {
-        #[serde(default)]
-        errors: Vec<Item>,
-    }
-    #[derive(Deserialize)]
-    struct Item {
-        #[serde(default)]
-        code: String,
-        #[serde(default)]
-        message: String,
-    }
-    let Ok(Body { errors }) = serde_json::from_slice(body) else {
-        return String::new();
-    };
-    let Some(Item { code, message }) = errors.into_iter().next() else {
-        return String::new();
-    };
-    let text = if message.is_empty() { code } else { message };
-    text.chars()
-        .filter(|character| !character.is_control())
-        .take(200)
-        .collect()
 }
