@@ -108,10 +108,9 @@ fn in_directory(directory: &Path) -> Option<Source> {
             .then_with(|| by_version(right, left))
     });
     let kernel = images.into_iter().find(|path| fs::File::open(path).is_ok())?;
-    let modules = directory.join("lib/modules");
     Some(Source {
         kernel,
-        modules: modules.is_dir().then_some(modules),
+        modules: modules_in(directory),
     })
 }
 
@@ -121,12 +120,19 @@ fn beside(kernel: &Path) -> Source {
     let modules = [directory, directory.parent().unwrap_or(directory)]
         .into_iter()
         .filter(|candidate| *candidate == directory || directory.ends_with("boot"))
-        .map(|candidate| candidate.join("lib/modules"))
-        .find(|modules| modules.is_dir());
+        .find_map(modules_in);
     Source {
         kernel: kernel.to_owned(),
         modules,
     }
+}
+
+/// Packages have their modules in either place, old ones in the first.
+fn modules_in(directory: &Path) -> Option<PathBuf> {
+    ["lib/modules", "usr/lib/modules"]
+        .iter()
+        .map(|place| directory.join(place))
+        .find(|modules| modules.is_dir())
 }
 
 fn release_of(path: &Path) -> Option<&str> {

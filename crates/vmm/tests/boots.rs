@@ -1,5 +1,11 @@
 //! Real machines: started, asked, paused, broken and found again. Needs QEMU and a guest kernel; prints what is
 //! missing and skips where they are not at hand.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "helpers of tests"
+)]
 
 mod lab;
 
@@ -226,7 +232,7 @@ async fn another_server_takes_a_machine_back_and_finds_what_was_never_recorded()
     Agent::connect(&*first).await.ask("ping").await;
     let identity = first.process().clone();
     let orphans = driver.find_orphans(&spec.runtime_directory).unwrap();
-    assert_eq!(orphans, [identity.clone()]);
+    assert_eq!(orphans, std::slice::from_ref(&identity));
     assert!(
         driver
             .find_orphans(&lab.directory.path().join("adopte"))

@@ -1,4 +1,10 @@
 //! Machines for the tests: a small guest, the kernels at hand, and everything ends with the test.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "helpers of tests"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
