@@ -5,10 +5,14 @@
 
 mod lab;
 
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use hypeman_guest_api::{
-    CopyFrom, CopyTo, EntryKind, ExecRequest, GuestEvent, InitMode, RefusalCode, VolumeMode, VolumeMount,
+    AgentKey, CopyFrom, CopyTo, EntryKind, ExecRequest, GuestEvent, InitMode, NetworkConfig, Reconfiguration,
+    RefusalCode, VolumeMode, VolumeMount,
     host::{CopyItem, ExecOutput},
 };
 use lab::{KEY, Lab, PATIENCE, expect, is_possible, program, run_command, shell};
@@ -286,6 +290,61 @@ async fn a_machine_becomes_an_instance_serves_and_powers_off() {
     client.closed().await;
     lab.ended().await;
     println!("stop: {:?}", stopping.elapsed());
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn a_fork_takes_over_another_identity() {
+    if !is_possible() {
+        return;
+    }
+    let mut lab = Lab::start(&[]);
+    let (client, _events) = lab.connect(None).await;
+    let network = |last: u8| NetworkConfig {
+        address: Ipv4Addr::new(10, 0, 2, last),
+        prefix_length: 24,
+        gateway: Ipv4Addr::new(10, 0, 2, 2),
+        dns: vec![Ipv4Addr::new(10, 0, 2, 3)],
+        mac: Some(format!("02:00:00:00:00:{last:02x}")),
+    };
+    let mut config = program(&["sleep", "1000"]);
+    config.network = Some(network(15));
+    client.configure(&config, PATIENCE).await.unwrap();
+    let look = "hostname; ip -4 -o addr show | grep -v ' lo ' | awk '{print $4}'; ip route | head -n 1 | cut -d' ' -f3; \
+                cat /sys/class/net/e*/address; grep -c 10.0.2.3 /etc/resolv.conf; cat /etc/machine-id; date +%Y";
+    let (said, _) = shell(&client, look).await;
+    let before: Vec<&str> = said.lines().collect();
+    assert_eq!(
+        before[..5],
+        ["lab", "10.0.2.15/24", "10.0.2.2", "02:00:00:00:00:0f", "1"]
+    );
+    assert!(
+        shell(&client, "ping -c 1 -W 20 10.0.2.2").await.1 == 0,
+        "the gateway answers"
+    );
+
+    let key = AgentKey([9; 32]);
+    let identity = Reconfiguration {
+        key: key.clone(),
+        instance_id: "another".into(),
+        hostname: "fork".into(),
+        time_unix_nanos: 2_000_000_000_000_000_000,
+        entropy: vec![1; 600],
+        network: Some(network(16)),
+    };
+    client.reconfigure(&identity).await.unwrap();
+    let (said, _) = shell(&client, look).await;
+    let after: Vec<&str> = said.lines().collect();
+    assert_eq!(
+        after[..5],
+        ["fork", "10.0.2.16/24", "10.0.2.2", "02:00:00:00:00:10", "1"]
+    );
+    assert_ne!(after[5], before[5]);
+    assert_eq!(after[6], "2033");
+    client.close();
+    let (client, _events) = lab.connect(Some(&key)).await;
+    client.shutdown(Duration::from_secs(20)).await.unwrap();
+    lab.ended().await;
 }
 
 async fn ends_with(command: &[&str]) -> (i32, String, String) {

@@ -226,6 +226,8 @@ impl Lab {
             "-chardev",
             &format!("file,id=log,path={},append=on", at("log").display()),
         ])
+        .args(["-netdev", "user,id=net,restrict=on"])
+        .args(["-device", &format!("virtio-net-{suffix},netdev=net")])
         .args(["-device", &format!("virtio-serial-{suffix}")])
         .args(["-device", "virtserialport,chardev=agent,name=hypeman.agent.0"])
         .args(["-device", "virtserialport,chardev=log,name=hypeman.log.0"]);
