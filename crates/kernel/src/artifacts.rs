@@ -55,6 +55,8 @@ struct Record {
 struct Unpacked {
     kernel: String,
     release: String,
+    /// A driver that it needs as a module.
+    lacks: Option<String>,
 }
 
 impl Kernels {
@@ -85,17 +87,21 @@ impl Kernels {
         let _one_at_a_time = self.preparing.lock().unwrap_or_else(PoisonError::into_inner);
         let source = locate(&self.directory, &self.options)?;
         let unpacked = self.unpack(&source)?;
-        let needed = match &source.modules {
-            Some(directory) => {
-                let directory = directory.join(&unpacked.release);
-                // No modules for this release: a kernel of our own making, with everything built in.
-                if directory.is_dir() {
-                    modules::needed(&directory, &unpacked.release)?
-                } else {
-                    Vec::new()
-                }
+        let directory = source
+            .modules
+            .as_ref()
+            .map(|directory| directory.join(&unpacked.release));
+        let needed = match (directory.filter(|directory| directory.is_dir()), &unpacked.lacks) {
+            (Some(directory), _) => modules::needed(&directory, &unpacked.release)?,
+            (None, None) => Vec::new(),
+            (None, Some(module)) => {
+                let beside = source.kernel.parent().unwrap_or(Path::new("/")).to_owned();
+                return Err(KernelError::MissingModule {
+                    release: unpacked.release,
+                    module: module.clone(),
+                    directory: source.modules.unwrap_or(beside),
+                });
             }
-            None => Vec::new(),
         };
         let archive = initramfs(guest, &needed);
         let initramfs = blake3::hash(&archive).to_hex().to_string();
@@ -206,7 +212,12 @@ impl Kernels {
         if !holds(&stored, &kernel) {
             write_durably(&stored, &image)?;
         }
-        let unpacked = Unpacked { kernel, release };
+        let lacks = image::lacks(&image).map(str::to_owned);
+        let unpacked = Unpacked {
+            kernel,
+            release,
+            lacks,
+        };
         self.write_record(&remembered, &unpacked)?;
         Ok(unpacked)
     }

@@ -45,6 +45,14 @@ pub(crate) fn release(image: &[u8]) -> Option<String> {
     None
 }
 
+/// The first driver that every guest needs and that this image does not carry itself. Drivers name themselves in
+/// messages, so one whose name is nowhere in the image is not built in.
+pub(crate) fn lacks(image: &[u8]) -> Option<&'static str> {
+    crate::modules::REQUIRED
+        .into_iter()
+        .find(|name| find(image, name.as_bytes()).is_none())
+}
+
 /// The packed kernel inside a bzImage (boot protocol 2.08 or later).
 fn payload(bytes: &[u8]) -> Option<&[u8]> {
     if bytes.get(0x202..0x206)? != b"HdrS" || half(bytes, 0x206)? < 0x0208 {

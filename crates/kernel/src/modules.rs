@@ -12,7 +12,7 @@ use crate::decompress::decompress;
 use crate::elf::Elf;
 
 /// Without these no guest of ours comes up.
-const REQUIRED: [&str; 4] = ["virtio_blk", "virtio_console", "overlay", "erofs"];
+pub(crate) const REQUIRED: [&str; 4] = ["virtio_blk", "virtio_console", "overlay", "erofs"];
 /// Taken where the kernel has them: transports first, so that devices are found while the rest loads.
 const WANTED: [&str; 12] = [
     "virtio_pci",

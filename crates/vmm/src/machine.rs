@@ -80,6 +80,8 @@ pub enum RunState {
     Running,
     /// Stopped between two instructions.
     Paused,
+    /// Stopped because the host has no room for what the guest writes. Goes on by itself once there is room.
+    Stalled,
     /// The guest powered off and the VMM is about to exit.
     Shutdown,
 }

@@ -329,3 +329,64 @@ async fn a_limited_disk_is_slower_than_its_guest_would_like() {
     assert!(milliseconds > 3_000, "{milliseconds} ms");
     machine.kill().await.unwrap();
 }
+
+/// A file system of a few mebibytes that goes away with the test.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(path: std::path::PathBuf) -> Option<Self> {
+        std::fs::create_dir_all(&path).unwrap();
+        let mounted = mount(&["-t", "tmpfs", "-o", "size=4m", "none"], &path);
+        if !mounted {
+            println!("skipped: mounting a small file system needs root");
+        }
+        mounted.then_some(Self(path))
+    }
+
+    fn grow(&self) {
+        assert!(mount(&["-o", "remount,size=64m"], &self.0));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&self.0)
+            .status();
+    }
+}
+
+fn mount(arguments: &[&str], path: &std::path::Path) -> bool {
+    let output = std::process::Command::new("mount")
+        .args(arguments)
+        .arg(path)
+        .output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_host_disk_stalls_the_machine_and_room_lets_it_go_on_without_loss() {
+    let Some(lab) = Lab::new() else { return };
+    let Some(small) = SmallDisk::mount(lab.directory.path().join("small")) else {
+        return;
+    };
+    for board in BOARDS {
+        let mut spec = lab.spec(&format!("full-{board:?}").to_lowercase());
+        spec.disks = vec![lab.disk("small/disk", 16)];
+        let machine = lab.launch(board, &spec).await;
+        let mut agent = Agent::connect(&*machine).await;
+        agent.order("fill 128").await;
+        while machine.run_state(PATIENCE).await.unwrap() != RunState::Stalled {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        small.grow();
+        assert_eq!(agent.answer().await, "Ok(())");
+        assert_eq!(machine.run_state(PATIENCE).await.unwrap(), RunState::Running);
+        let written = std::fs::read(&spec.disks[0].path).unwrap();
+        assert!(written[..128 * 65536].iter().all(|byte| *byte == 0xa5));
+        machine.kill().await.unwrap();
+        std::fs::remove_file(&spec.disks[0].path).unwrap();
+        assert!(mount(&["-o", "remount,size=4m"], &small.0));
+    }
+}

@@ -16,7 +16,8 @@ fn kernel(release: &str) -> Vec<u8> {
         image.extend(word.to_le_bytes());
     }
     image.extend(b"Xen\0\0\0\x10\0");
-    image.extend(format!("Linux version {release} (test)").as_bytes());
+    image
+        .extend(format!("Linux version {release} (test) virtio_blk virtio_console overlay erofs").as_bytes());
     image
 }
 
@@ -91,6 +92,18 @@ fn damage_and_leftovers_of_a_crash_are_repaired() {
     assert_eq!(fs::read(&again.kernel).unwrap(), kernel("6.1.9-small"));
     assert!(fs::metadata(&again.initramfs).unwrap().len() > 0);
     assert!(!leftover.exists());
+}
+
+#[test]
+fn a_kernel_that_needs_modules_is_not_used_without_them() {
+    let place = Place::new();
+    let image = String::from_utf8_lossy(&kernel("6.1.9")).replace("erofs", "");
+    fs::write(place.source(), image).unwrap();
+    let error = place.open().prepare(b"guest").unwrap_err();
+    assert!(
+        matches!(&error, KernelError::MissingModule { module, .. } if module == "erofs"),
+        "{error}"
+    );
 }
 
 #[test]

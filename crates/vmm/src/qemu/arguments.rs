@@ -209,7 +209,10 @@ fn add_disk(line: &mut Line, board: Board, index: usize, disk: &Disk) -> Result<
         drive = throttled;
     }
     let device = board.device("blk", &format!("disk{index}"), Slot::Disk(index));
-    line.json("-device", with(device, "drive", json!(drive)));
+    let device = with(device, "drive", json!(drive));
+    // A full host disk stops the machine until there is room; any other error is the guest's to handle.
+    let device = with(device, "werror", json!("enospc"));
+    line.json("-device", with(device, "rerror", json!("report")));
     Ok(())
 }
 

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::arguments::{CONSOLE_CHARDEV, LOG_CHARDEV, PID_FILE};
 use super::console::Console;
@@ -21,6 +22,9 @@ use crate::{
 const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
 /// Time between the end of the control connection and the end of the process that held it.
 const END_GRACE: Duration = Duration::from_secs(1);
+
+/// Pause between two attempts of a machine that waits for room on the host's disk.
+const STALL_RETRY: Duration = Duration::from_secs(1);
 
 /// What events told about the end.
 #[derive(Debug, Default, Clone)]
@@ -82,8 +86,11 @@ impl QemuMachine {
         }
         let told = Arc::clone(&self.told);
         let id = self.id.clone();
-        let events = Arc::new(move |event| note(&told, &id, event));
+        let stalled = Arc::new(Notify::new());
+        let stall = Arc::clone(&stalled);
+        let events = Arc::new(move |event| note(&told, &stall, &id, event));
         let client = Arc::new(QmpClient::connect(&self.qmp_path, deadline, events).await?);
+        tokio::spawn(go_on_after_stalls(Arc::downgrade(&client), stalled));
         *connection = Some(Arc::clone(&client));
         Ok(client)
     }
@@ -207,7 +214,38 @@ fn unresponsive(command: &str, after: Duration) -> VmmError {
     }
 }
 
-fn note(told: &Mutex<Told>, id: &str, event: QmpEvent) {
+/// Lets a machine go on that QEMU stopped for want of disk space: its write is tried again and nothing is lost.
+async fn go_on_after_stalls(client: Weak<QmpClient>, stalled: Arc<Notify>) {
+    let Some(drained) = client.upgrade().map(|client| client.drained()) else {
+        return;
+    };
+    let retry = async {
+        loop {
+            tokio::time::sleep(STALL_RETRY).await;
+            let Some(client) = client.upgrade() else { return };
+            match client
+                .execute("query-status", Value::Null, COMMAND_DEADLINE)
+                .await
+            {
+                Ok(status) if status["status"] == "io-error" => {
+                    let _ = client.execute("cont", Value::Null, COMMAND_DEADLINE).await;
+                }
+                Ok(_) => {
+                    drop(client);
+                    stalled.notified().await;
+                }
+                Err(QmpError::Closed(_)) => return,
+                Err(_) => {}
+            }
+        }
+    };
+    tokio::select! {
+        () = retry => {}
+        () = drained => {}
+    }
+}
+
+fn note(told: &Mutex<Told>, stalled: &Notify, id: &str, event: QmpEvent) {
     match event.name.as_str() {
         "GUEST_PANICKED" => told.lock().unwrap_or_else(PoisonError::into_inner).panicked = true,
         "SHUTDOWN" => {
@@ -224,6 +262,7 @@ fn note(told: &Mutex<Told>, id: &str, event: QmpEvent) {
         }
         "BLOCK_IO_ERROR" => {
             tracing::warn!(machine = id, data = %event.data, "the machine's disk reports an error");
+            stalled.notify_one();
         }
         _ => {}
     }
@@ -245,6 +284,7 @@ impl Machine for QemuMachine {
             "prelaunch" | "inmigrate" => Ok(RunState::Created),
             "running" => Ok(RunState::Running),
             "shutdown" | "guest-panicked" => Ok(RunState::Shutdown),
+            "io-error" => Ok(RunState::Stalled),
             "internal-error" => Err(VmmError::Refused {
                 command: "query-status".to_owned(),
                 message: "the host's virtualisation cannot go on with this guest".to_owned(),

@@ -166,6 +166,10 @@ impl Agent {
 
     pub async fn ask(&mut self, order: &str) -> String {
         self.order(order).await;
+        self.answer().await
+    }
+
+    pub async fn answer(&mut self) -> String {
         let mut line = String::new();
         tokio::time::timeout(PATIENCE, self.0.read_line(&mut line))
             .await

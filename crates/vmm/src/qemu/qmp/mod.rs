@@ -165,9 +165,9 @@ impl QmpClient {
     }
 
     /// Resolves when everything that the peer ever sent has been taken in and its end is seen.
-    pub(crate) async fn drained(&self) {
+    pub(crate) fn drained(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut drained = self.drained.clone();
-        while drained.changed().await.is_ok() {}
+        async move { while drained.changed().await.is_ok() {} }
     }
 
     /// Sends one command and waits for its answer, at most `deadline`.
