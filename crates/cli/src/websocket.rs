@@ -33,7 +33,7 @@ pub(crate) async fn connect(client: &Client, segments: &[&str]) -> Result<Socket
     let url = client.url(segments)?;
     // The schemes map one to one: http → ws, https → wss.
     let address = url.as_str().replacen("http", "ws", 1);
-    let mut request = address
+    let mut request = address.as_str()
         .into_client_request()
         .map_err(|failure| CliError::usage(format!("{url} cannot be connected to: {failure}")))?;
     if let Some(key) = &settings.api_key {
