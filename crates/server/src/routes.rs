@@ -133,9 +133,12 @@ pub fn router(state: &AppState) -> Router {
             access: route.access,
             limit: route.limit,
         };
-        let handler = route
-            .handler
-            .route_layer(axum::middleware::from_fn_with_state(checks, guard));
+        let guarded = axum::middleware::from_fn_with_state(checks, guard);
+        // The registry takes every method in one handler, which `route_layer` does not reach.
+        let handler = match route.method {
+            Some(_) => route.handler.route_layer(guarded),
+            None => route.handler.layer(guarded),
+        };
         router = router.route(route.path, handler);
     }
     router
