@@ -48,11 +48,7 @@ pub(super) fn start(
         .current_dir(working_directory);
     let has_terminal = tty.is_some();
     // The agent is spared by the kernel's memory killer; what it starts must not be.
-    let spared = File::options()
-        .write(true)
-        .open("/proc/self/oom_score_adj")
-        .is_ok()
-        && oom_is_adjusted();
+    let spared = oom_is_adjusted();
     // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks.
     unsafe {
         child.pre_exec(move || {
