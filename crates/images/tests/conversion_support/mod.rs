@@ -1,5 +1,11 @@
 //! Archives written byte by byte, and a look at what became of them.
-#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+#![allow(
+    dead_code,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout
+)]
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -114,7 +120,10 @@ impl Tar {
     }
 
     pub fn extended(&mut self, kind: u8, records: &[(&str, &[u8])]) -> &mut Self {
-        let body: Vec<u8> = records.iter().flat_map(|(key, value)| pax_record(key, value)).collect();
+        let body: Vec<u8> = records
+            .iter()
+            .flat_map(|(key, value)| pax_record(key, value))
+            .collect();
         self.entry(&mut Header::new(kind, b"PaxHeaders/x"), &body)
     }
 
@@ -127,8 +136,18 @@ impl Tar {
 
 pub fn pax_record(key: &str, value: &[u8]) -> Vec<u8> {
     let body = key.len() + value.len() + 3;
-    let digits = (1..).find(|digits| (body + digits).to_string().len() == *digits).unwrap();
-    [(body + digits).to_string().as_bytes(), b" ", key.as_bytes(), b"=", value, b"\n"].concat()
+    let digits = (1..)
+        .find(|digits| (body + digits).to_string().len() == *digits)
+        .unwrap();
+    [
+        (body + digits).to_string().as_bytes(),
+        b" ",
+        key.as_bytes(),
+        b"=",
+        value,
+        b"\n",
+    ]
+    .concat()
 }
 
 pub fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -139,7 +158,10 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 pub fn digest(bytes: &[u8]) -> String {
     let hash = Sha256::digest(bytes);
-    format!("sha256:{}", hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    format!(
+        "sha256:{}",
+        hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    )
 }
 
 /// A layer of these stored bytes, with nothing known of its digests.
@@ -172,18 +194,32 @@ pub fn convert_with(
     image: &Path,
     options: &ConvertOptions,
 ) -> Result<Converted, ConvertError> {
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(image).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(image)
+        .unwrap();
     convert(layers, &file, options, &Silent)
 }
 
 pub fn options(compression: Compression) -> ConvertOptions {
-    ConvertOptions { compression, limits: Limits::default(), threads: 2 }
+    ConvertOptions {
+        compression,
+        limits: Limits::default(),
+        threads: 2,
+    }
 }
 
 /// Runs `fsck.erofs` over every byte, or says why not.
 pub fn fsck(image: &Path) {
     match Command::new("fsck.erofs").arg("--extract").arg(image).output() {
-        Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
+        Ok(output) => assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        ),
         Err(error) => println!("skipped: fsck.erofs: {error}"),
     }
 }
@@ -201,7 +237,9 @@ pub struct Mounted {
 impl Mounted {
     /// Mounts an image, or prints why this host cannot.
     pub fn new(image: &Path) -> Option<Self> {
-        let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("erofs");
+        let known = std::fs::read_to_string("/proc/filesystems")
+            .unwrap_or_default()
+            .contains("erofs");
         if !is_root() || !known {
             println!("skipped: a kernel mount needs root and a kernel with EROFS");
             return None;
@@ -209,10 +247,21 @@ impl Mounted {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("mnt");
         std::fs::create_dir(&path).unwrap();
-        let output =
-            Command::new("mount").args(["-t", "erofs", "-o", "loop,ro"]).arg(image).arg(&path).output().unwrap();
-        assert!(output.status.success(), "mount: {}", String::from_utf8_lossy(&output.stderr));
-        Some(Self { path, _directory: directory })
+        let output = Command::new("mount")
+            .args(["-t", "erofs", "-o", "loop,ro"])
+            .arg(image)
+            .arg(&path)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "mount: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Some(Self {
+            path,
+            _directory: directory,
+        })
     }
 }
 
@@ -306,6 +355,9 @@ pub fn assert_same(actual: &BTreeMap<String, Seen>, expected: &BTreeMap<String, 
     for (name, expected) in expected {
         assert_eq!(actual.get(name), Some(expected), "{name}");
     }
-    let extra: Vec<_> = actual.keys().filter(|name| !expected.contains_key(*name)).collect();
+    let extra: Vec<_> = actual
+        .keys()
+        .filter(|name| !expected.contains_key(*name))
+        .collect();
     assert!(extra.is_empty(), "only in the image: {extra:?}");
 }

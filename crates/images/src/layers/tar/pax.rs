@@ -85,12 +85,10 @@ impl Pax {
         }
         if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
             let name: Vec<u8> = percent_encoding::percent_decode(name).collect();
+            let decoded = STANDARD.decode(value).or_else(|_| STANDARD_NO_PAD.decode(value));
+            let decoded = decoded.map_err(|_| INVALID("an attribute is not valid base64"))?;
             // Writers that know both formats write both; that of star needs no decoding.
-            if !self.xattrs.contains_key(&name) {
-                let decoded = STANDARD.decode(value).or_else(|_| STANDARD_NO_PAD.decode(value));
-                let decoded = decoded.map_err(|_| INVALID("an attribute is not valid base64"))?;
-                self.xattrs.insert(name, decoded);
-            }
+            self.xattrs.entry(name).or_insert(decoded);
             return Ok(());
         }
         if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
@@ -128,7 +126,8 @@ impl PaxSparse {
             b"size" | b"realsize" => self.real_size = Some(number()?),
             b"numblocks" => self.announced_parts = Some(number()?),
             b"offset" => {
-                if self.pending_offset.replace(number()?).is_some() {
+                let offset = number()?;
+                if self.pending_offset.replace(offset).is_some() {
                     return Err(EntryProblem::SparseMap("an offset has no length"));
                 }
             }
