@@ -1,5 +1,5 @@
 //! Archives that mean harm are refused, each with its reason.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(missing_docs, dropping_references, clippy::unwrap_used, clippy::expect_used)]
 
 mod conversion_support;
 

@@ -1,5 +1,11 @@
 //! Random stacks of layers mean what a simple model of overlay semantics says.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    dropping_references,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout
+)]
 
 mod conversion_support;
 
