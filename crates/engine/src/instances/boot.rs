@@ -6,6 +6,7 @@
 //!      └── crash: recovery undoes the same way
 //! ```
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use hypeman_core::instance::Observation;
@@ -73,6 +74,11 @@ impl Driver {
         let image = shared.images.bootable(&self.record.image_digest)?;
         let artifacts = shared.boot_artifacts(&self.record.boot_artifacts).await?;
         self.prepare_files().await?;
+        self.log.line(if first {
+            "create: booting"
+        } else {
+            "start: booting"
+        });
         if first {
             faults::point("create.disks");
         }
@@ -86,7 +92,7 @@ impl Driver {
             shared.network().await?.attach(attachment).await?;
         }
         at("create.network", "start.network");
-        let spec = machine_spec(&shared, &self.record, &artifacts);
+        let spec = machine_spec(&shared, &self.record, artifacts.kernel, artifacts.initramfs);
         let vmm = shared.vmm(self.record.hypervisor)?;
         let machine: Arc<dyn Machine> = Arc::from(vmm.launch(&spec).await?);
         self.slot.live.set_machine(Some(Arc::clone(&machine)));
@@ -178,10 +184,11 @@ impl Driver {
 }
 
 /// Translates a record to what a VMM needs.
-pub(super) fn machine_spec(
+fn machine_spec(
     shared: &Shared,
     record: &InstanceRecord,
-    artifacts: &hypeman_kernel::BootArtifacts,
+    kernel: PathBuf,
+    initramfs: PathBuf,
 ) -> MachineSpec {
     let layout = &shared.layout;
     let limit = record.disk_io_bytes_per_second.map(|rate| IoLimit {
@@ -194,8 +201,8 @@ pub(super) fn machine_spec(
         cpus: record.vcpus,
         memory_bytes: record.memory_bytes,
         memory_file: None,
-        kernel: artifacts.kernel.clone(),
-        initramfs: artifacts.initramfs.clone(),
+        kernel,
+        initramfs,
         kernel_arguments: Vec::new(),
         disks: vec![
             Disk {
@@ -280,18 +287,21 @@ fn command_line(
     argv
 }
 
-/// Whether a recorded or merely found process of this instance still runs; ends all of them.
+/// The spec of a machine that was started before: its VMM has read the boot files already.
+pub(super) fn adoption_spec(shared: &Shared, record: &InstanceRecord) -> MachineSpec {
+    let artifacts = shared.known_artifacts(&record.boot_artifacts);
+    let (kernel, initramfs) = artifacts
+        .map(|artifacts| (artifacts.kernel, artifacts.initramfs))
+        .unwrap_or_default();
+    machine_spec(shared, record, kernel, initramfs)
+}
+
+/// Ends whatever runs for this instance, recorded or merely found.
 pub(super) async fn kill_leftovers(shared: &Shared, record: &InstanceRecord) -> Result<(), EngineError> {
-    let Ok(vmm) = shared.vmm(record.hypervisor) else {
-        return Ok(());
-    };
-    let runtime = shared.layout.instance_runtime(&record.id);
-    let mut processes = vmm.find_orphans(&runtime)?;
+    let vmm = shared.vmm(record.hypervisor)?;
+    let mut processes = vmm.find_orphans(&shared.layout.instance_runtime(&record.id))?;
     processes.extend(record.run.as_ref().map(|run| run.process.clone()));
-    let Some(artifacts) = shared.known_artifacts(&record.boot_artifacts) else {
-        return Ok(());
-    };
-    let spec = machine_spec(shared, record, &artifacts);
+    let spec = adoption_spec(shared, record);
     for process in processes {
         match vmm.adopt(&spec, &process).await {
             Ok(machine) => machine.kill().await?,

@@ -251,7 +251,7 @@ impl Driver {
         let entry = self.begin(Operation::Stop).await?;
         faults::point("stop.recorded");
         self.log.line("stop requested");
-        self.take_down(Some(super::shutdown::STOP_GRACE)).await;
+        self.take_down(Some(super::shutdown::STOP_GRACE)).await?;
         faults::point("stop.guest_down");
         self.finish_run(Some(entry)).await;
         faults::point("stop.committed");

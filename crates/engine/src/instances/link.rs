@@ -155,6 +155,8 @@ async fn connection(
                 None => return lost(true, "the guest agent closed the connection".into()),
             },
             () = silence(&client), if watched => {
+                // Sessions still hold the connection, and the port serves one at a time.
+                client.close();
                 return lost(true, "the guest agent does not answer".into());
             }
         }

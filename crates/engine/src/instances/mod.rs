@@ -9,6 +9,7 @@ mod link;
 mod logs;
 mod model;
 mod recovery;
+mod rotation;
 mod shutdown;
 mod table;
 

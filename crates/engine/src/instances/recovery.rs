@@ -22,7 +22,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::boot::{guest_config, kill_leftovers, machine_spec};
+use super::boot::{adoption_spec, guest_config, kill_leftovers};
 use super::driver::{self, Driver, Operation, Request, Run};
 use super::link::Link;
 use super::model::InstanceRecord;
@@ -56,19 +56,23 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
     let mut work = JoinSet::new();
     for record in records {
         let (shared, intent) = (Arc::clone(shared), intents.get(&record.id).copied());
-        work.spawn(async move { recover_one(&shared, record, intent).await });
+        work.spawn(async move {
+            match recover_one(&shared, record.clone(), intent).await {
+                Ok(recovered) => recovered,
+                Err(error) => Some(unclear(&shared, record, &error)),
+            }
+        });
     }
     while let Some(done) = work.join_next().await {
         match done.map_err(|error| EngineError::io("recovery", error.into()))? {
-            Ok(Some((driver, requests))) => {
+            Some((driver, requests)) => {
                 shared.table.insert(Arc::clone(&driver.slot))?;
                 if driver.run.is_some() {
                     adopted.push(driver.slot.published.clone());
                 }
                 driver.spawn(requests);
             }
-            Ok(None) => {}
-            Err(error) => return Err(error),
+            None => {}
         }
     }
     if networked && let Ok(network) = shared.network().await {
@@ -93,6 +97,22 @@ fn keep_taps(records: &[InstanceRecord], intents: &HashMap<String, Operation>) -
         .filter(|record| record.run.is_some() && !intents.contains_key(&record.id))
         .filter_map(|record| record.network.as_ref().map(|network| network.tap.clone()))
         .collect()
+}
+
+/// An instance whose recovery failed must not keep the others from theirs. Its journal entry stays; stopping or
+/// deleting it tries again, as does the next start.
+fn unclear(
+    shared: &Arc<Shared>,
+    record: InstanceRecord,
+    error: &EngineError,
+) -> (Driver, mpsc::Receiver<Request>) {
+    tracing::error!(instance = record.id, %error, "recovery failed");
+    let reason = format!("it could not be recovered after a restart of the server: {error}");
+    let lifecycle = Lifecycle::Unknown {
+        reason,
+        before: Box::new(Lifecycle::ShuttingDown),
+    };
+    driver::prepare(shared, record, lifecycle)
 }
 
 type Recovered = Option<(Driver, mpsc::Receiver<Request>)>;
@@ -125,7 +145,7 @@ async fn recover_one(
             stopped(shared, record).await.map(Some)
         }
         None => match adopt(shared, &record).await? {
-            Some(machine) => running(shared, record, machine).map(Some),
+            Some(machine) => Ok(Some(running(shared, record, machine))),
             None => stopped(shared, record).await.map(Some),
         },
     }
@@ -136,11 +156,8 @@ async fn adopt(
     record: &InstanceRecord,
 ) -> Result<Option<Arc<dyn Machine>>, EngineError> {
     let Some(run) = &record.run else { return Ok(None) };
-    let artifacts = shared.known_artifacts(&record.boot_artifacts);
-    let (Some(artifacts), Ok(vmm)) = (artifacts, shared.vmm(record.hypervisor)) else {
-        return Ok(None);
-    };
-    let spec = machine_spec(shared, record, &artifacts);
+    let vmm = shared.vmm(record.hypervisor)?;
+    let spec = adoption_spec(shared, record);
     match vmm.adopt(&spec, &run.process).await {
         Ok(machine) => Ok(Some(Arc::from(machine))),
         Err(VmmError::Gone) => Ok(None),
@@ -153,7 +170,7 @@ fn running(
     shared: &Arc<Shared>,
     record: InstanceRecord,
     machine: Arc<dyn Machine>,
-) -> Result<(Driver, mpsc::Receiver<Request>), EngineError> {
+) -> (Driver, mpsc::Receiver<Request>) {
     let image = shared.images.bootable(&record.image_digest).unwrap_or_default();
     let key = record
         .run
@@ -174,7 +191,7 @@ fn running(
     driver.log.line("the server is back: adopted");
     driver.lifecycle = Lifecycle::Stopped.observe(&Observation::Launched { without_agent });
     driver.publish();
-    Ok((driver, requests))
+    (driver, requests)
 }
 
 /// A driver for an instance without a machine, and the record of how that came to be.

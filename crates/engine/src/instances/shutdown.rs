@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Exit, Observation};
 use hypeman_guest_api::{ExitReason, GuestEvent};
-use hypeman_store::journal;
+use hypeman_store::{StoreError, journal};
 use hypeman_vmm::{ExitCause, ExitKind};
 use jiff::Timestamp;
 
+use super::boot::kill_leftovers;
 use super::driver::{Driver, Operation, Run};
 use super::link::LinkEvent;
-use super::logs::rotated;
 use crate::durable;
 use crate::{EngineError, faults};
 
@@ -23,12 +23,17 @@ const DELETE_GRACE: Duration = Duration::from_secs(2);
 const POWER_OFF: Duration = Duration::from_secs(3);
 
 impl Driver {
-    /// Ends the machine: by the guest's own shutdown within `grace`, or at once without one. Afterwards no
-    /// process is left.
-    pub(super) async fn take_down(&mut self, grace: Option<Duration>) {
+    /// Ends the machine: by the guest's own shutdown within `grace`, or at once without one.
+    ///
+    /// # Errors
+    /// The process could not be ended: it may still run, and nothing of it may be removed.
+    pub(super) async fn take_down(&mut self, grace: Option<Duration>) -> Result<(), EngineError> {
         self.observe(&Observation::ShutdownBegun);
         let slot = Arc::clone(&self.slot);
-        let Some(run) = self.run.as_mut() else { return };
+        let Some(run) = self.run.as_mut() else {
+            // Nothing runs, unless a recovery failed to find out.
+            return kill_leftovers(&self.shared, &self.record).await;
+        };
         if let Some(grace) = grace {
             let polite = shut_down_guest(run, slot.live.client(), grace);
             tokio::select! {
@@ -36,8 +41,7 @@ impl Driver {
                 () = slot.hurry.notified() => {}
             }
         }
-        let machine = Arc::clone(&run.machine);
-        self.kill(&machine).await;
+        Ok(run.machine.kill().await?)
     }
 
     /// Ends a run that the server itself gives up, and records why.
@@ -45,24 +49,30 @@ impl Driver {
         if let Some(run) = self.run.as_mut() {
             run.failure = Some(reason);
         }
-        self.take_down(None).await;
-        self.finish_run(None).await;
+        match self.take_down(None).await {
+            Ok(()) => self.finish_run(None).await,
+            Err(error) => tracing::error!(instance = %self.record.id, %error, "VMM not killed"),
+        }
     }
 
     /// Records the end of a run whose process is gone, and cleans up behind it.
     pub(super) async fn finish_run(&mut self, entry: Option<i64>) {
-        let Some(mut run) = self.run.take() else { return };
-        while let Some(event) = run.link.try_next() {
-            note_exit(&mut run, &event);
-        }
-        let cause = run.machine.exit_cause().await;
+        let exit = match self.run.take() {
+            Some(mut run) => {
+                while let Some(event) = run.link.try_next() {
+                    note_exit(&mut run, &event);
+                }
+                let cause = run.machine.exit_cause().await;
+                exit_of(run.program_exit.take(), run.failure.take(), &cause)
+            }
+            None => exit_unseen(false),
+        };
         self.slot.live.set_client(None);
         self.slot.live.set_machine(None);
         self.detach().await;
         if entry.is_some() {
             faults::point("stop.detached");
         }
-        let exit = exit_of(run.program_exit.take(), run.failure.take(), &cause);
         self.log.line(&format!("stopped: {}", exit.message));
         self.record.run = None;
         self.record.exit = Some(exit);
@@ -83,10 +93,14 @@ impl Driver {
 
     /// Removes the instance for good.
     pub(super) async fn delete(&mut self, graceful: bool) -> Result<(), EngineError> {
-        self.begin(Operation::Delete).await?;
-        faults::point("delete.recorded");
+        match self.begin(Operation::Delete).await {
+            Ok(_) => faults::point("delete.recorded"),
+            // Deleting is how space comes back: it must not need any.
+            Err(EngineError::Store(StoreError::NoSpace)) => {}
+            Err(error) => return Err(error),
+        }
         self.log.line("delete requested");
-        self.take_down(graceful.then_some(DELETE_GRACE)).await;
+        self.take_down(graceful.then_some(DELETE_GRACE)).await?;
         faults::point("delete.guest_down");
         self.run = None;
         self.slot.live.set_client(None);
@@ -116,43 +130,6 @@ impl Driver {
         self.shared.table.remove(&self.record.id);
         self.shared.release(&self.record).await;
         Ok(())
-    }
-
-    /// Rotates what has grown too large.
-    pub(super) async fn rotate_logs(&mut self) {
-        let options = self.shared.options.logs;
-        let logs = self.shared.layout.logs(&self.record.id);
-        for name in ["app.log", "vmm.log", "hypeman.log"] {
-            let path = logs.join(name);
-            if !std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() > options.max_size) {
-                continue;
-            }
-            let machine = self.run.as_ref().map(|run| Arc::clone(&run.machine));
-            for number in (1..options.max_files).rev() {
-                let _ = std::fs::rename(rotated(&path, number), rotated(&path, number + 1));
-            }
-            let moved = if options.max_files == 0 {
-                std::fs::remove_file(&path)
-            } else {
-                std::fs::rename(&path, rotated(&path, 1))
-            };
-            if let Err(error) = moved {
-                tracing::warn!(instance = %self.record.id, %error, "log not rotated");
-                continue;
-            }
-            let reopened = match (name, machine) {
-                ("app.log", Some(machine)) => machine.reopen_workload_log().await,
-                ("vmm.log", Some(machine)) => machine.reopen_vmm_log().await,
-                _ => Ok(()),
-            };
-            if name == "hypeman.log" {
-                self.log.reopen();
-            }
-            if let Err(error) = reopened {
-                // The VMM goes on writing to the renamed file: nothing is lost, and the next turn tries again.
-                tracing::warn!(instance = %self.record.id, %error, "log not reopened");
-            }
-        }
     }
 }
 
