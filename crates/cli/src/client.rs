@@ -325,7 +325,6 @@ mod tests {
             },
             false,
         )
-        .unwrap()
     }
 
     #[test]

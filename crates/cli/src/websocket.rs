@@ -1,5 +1,6 @@
 //! WebSocket connections to the server, for `exec` and `cp`.
 
+use std::io;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -24,6 +25,10 @@ pub(crate) const CHUNK: usize = 32 * 1024;
 /// How long the connection and the upgrade may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// What to do when the other side went away.
+const GONE_HINT: &str =
+    "the server may have stopped or the instance may be gone: see `hypeman health` and `hypeman ps -a`";
+
 /// Opens a WebSocket at an API path.
 ///
 /// # Errors
@@ -33,7 +38,8 @@ pub(crate) async fn connect(client: &Client, segments: &[&str]) -> Result<Socket
     let url = client.url(segments)?;
     // The schemes map one to one: http → ws, https → wss.
     let address = url.as_str().replacen("http", "ws", 1);
-    let mut request = address.as_str()
+    let mut request = address
+        .as_str()
         .into_client_request()
         .map_err(|failure| CliError::usage(format!("{url} cannot be connected to: {failure}")))?;
     if let Some(key) = &settings.api_key {
@@ -75,17 +81,29 @@ pub(crate) async fn connect(client: &Client, segments: &[&str]) -> Result<Socket
     }
 }
 
+/// Whether an error means that the other side is gone, with or without a goodbye.
+pub(crate) fn is_end(failure: &tungstenite::Error) -> bool {
+    match failure {
+        tungstenite::Error::ConnectionClosed
+        | tungstenite::Error::AlreadyClosed
+        | tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => {
+            true
+        }
+        tungstenite::Error::Io(failure) => matches!(
+            failure.kind(),
+            io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe
+        ),
+        _ => false,
+    }
+}
+
 /// The failure that a broken WebSocket stands for.
 pub(crate) fn broken(failure: &tungstenite::Error) -> CliError {
     match failure {
-        tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed => {
-            CliError::failed("the server closed the connection")
+        gone if is_end(gone) => CliError::failed_with("the server closed the connection", GONE_HINT),
+        tungstenite::Error::Io(failure) => {
+            CliError::failed_with(format!("the connection broke: {failure}"), GONE_HINT)
         }
-        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)
-        | tungstenite::Error::Io(_) => CliError::failed_with(
-            format!("the connection broke: {failure}"),
-            "the server may have stopped or the instance may be gone: see `hypeman health` and `hypeman ps -a`",
-        ),
         tungstenite::Error::Capacity(_) => {
             CliError::Protocol(format!("a message is larger than {LARGEST_MESSAGE} bytes"))
         }

@@ -77,7 +77,8 @@ async fn input_resizes_and_its_end_reach_the_guest_in_order() {
     sender.send(Input::Bytes(b"two".to_vec())).await.unwrap();
     sender.send(Input::End).await.unwrap();
     let mut output = Vec::new();
-    let code = session(client, &request(false), input, |bytes| {
+    let request = request(false);
+    let code = session(client, &request, input, |bytes| {
         output.extend_from_slice(bytes);
         Ok(())
     });
@@ -139,7 +140,8 @@ async fn much_input_and_much_output_at_once_do_not_block_each_other() {
         sender.send(Input::End).await.unwrap();
     });
     let mut count = 0;
-    let code = session(client, &request(false), input, |bytes| {
+    let request = request(false);
+    let code = session(client, &request, input, |bytes| {
         count += bytes.len();
         Ok(())
     });

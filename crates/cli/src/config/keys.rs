@@ -144,9 +144,10 @@ pub fn nearest(wrong: &str) -> Option<&'static str> {
     let (distance, name) = KEYS
         .iter()
         .map(|key| {
-            // The right name in the wrong family counts as near, too.
+            // The right name in the wrong family counts as near, too, and so does the beginning of a name.
             let whole = distance(wrong, key.name);
-            let end = if last(wrong) == last(key.name) {
+            let begun = wrong.len() >= 4 && key.name.starts_with(wrong);
+            let end = if begun || last(wrong) == last(key.name) {
                 1
             } else {
                 usize::MAX

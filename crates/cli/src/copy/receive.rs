@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::{self, Message};
 use super::path::{RelativePath, check_link};
 use super::{Entry, EntryKind, EntrySink};
 use crate::error::CliError;
-use crate::websocket::broken;
+use crate::websocket::{broken, is_end};
 
 /// What links in the received tree may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,7 +167,7 @@ where
             }
             Some(Ok(Message::Close(_))) | None => return Err(incomplete()),
             Some(Ok(_)) => {}
-            Some(Err(tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed)) => {
+            Some(Err(failure)) if is_end(&failure) => {
                 return Err(incomplete());
             }
             Some(Err(failure)) => return Err(broken(&failure)),

@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::{self, Message};
 use super::EntryKind;
 use super::receive::{frame, incomplete};
 use crate::error::CliError;
-use crate::websocket::{CHUNK, broken};
+use crate::websocket::{CHUNK, broken, is_end};
 
 /// One entry on its way to a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,7 +150,7 @@ where
             }
             Some(Ok(Message::Close(_))) | None => return Err(incomplete()),
             Some(Ok(_)) => {}
-            Some(Err(tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed)) => {
+            Some(Err(failure)) if is_end(&failure) => {
                 return Err(incomplete());
             }
             Some(Err(failure)) => return Err(broken(&failure)),

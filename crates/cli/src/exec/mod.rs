@@ -24,7 +24,7 @@ pub use terminal::{RawMode, Terminal, spawn_stdin};
 
 use crate::document::Document;
 use crate::error::CliError;
-use crate::websocket::broken;
+use crate::websocket::{broken, is_end};
 
 /// What goes to the guest while the command runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,7 +90,8 @@ where
                 return Err(ended_early(reason.as_deref()));
             }
             Some(Ok(_)) => {}
-            Some(Err(tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed)) | None => {
+            None => return Err(ended_early(None)),
+            Some(Err(failure)) if is_end(&failure) => {
                 return Err(ended_early(None));
             }
             Some(Err(failure)) => return Err(broken(&failure)),
