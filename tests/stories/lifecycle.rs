@@ -1,6 +1,6 @@
 //! From an image to a VM, through all its calls, to nothing.
 
-use hypeman_tests::{ImageBuilder, Server, encode, have, skip_unless};
+use hypeman_tests::{ExecSession, ImageBuilder, Server, encode, have, skip_unless};
 use serde_json::{Value, json};
 
 fn paths_with(directory: &std::path::Path, needle: &str) -> Vec<std::path::PathBuf> {
@@ -281,8 +281,11 @@ async fn without_the_agent_an_instance_runs_but_serves_no_exec() {
     let server = Server::start().await;
     let image = server.busybox().await;
     let guest = server.run(&image, json!({"skip_guest_agent": true})).await;
-    let executed = guest.exec(&["true"]).await;
-    assert_ne!(executed.exit_code, 0);
+    let request = json!({"command": ["true"]});
+    let (status, body) = ExecSession::start(server.client(), &guest.id, &request)
+        .await
+        .unwrap_err();
+    assert_eq!((status, &body["code"]), (409, &json!("invalid_state")), "{body}");
     guest.delete().await;
     assert_eq!(server.vmms(), vec![]);
 }

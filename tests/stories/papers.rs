@@ -21,11 +21,14 @@ const MAY_USE: [(&str, &[&str]); 13] = [
         "engine",
         &["core", "store", "images", "vmm", "network", "kernel", "guest-api"],
     ),
-    ("server", &["core", "api", "engine", "images", "vmm", "store"]),
+    (
+        "server",
+        &["core", "api", "engine", "guest-api", "images", "network", "vmm"],
+    ),
     (
         "cli",
         &[
-            "core", "api", "server", "engine", "images", "vmm", "kernel", "network",
+            "core", "api", "server", "engine", "images", "kernel", "network", "vmm",
         ],
     ),
 ];
