@@ -25,6 +25,7 @@ use crate::instances::{
     LogFollower, LogSource, Request, Slot, StartOverrides, Table, WaitOutcome,
 };
 use crate::layout::{Layout, make_private};
+use crate::resources::{self, ResourceReport};
 use crate::{EngineError, EngineOptions};
 
 /// How often blobs and uploads that nobody needs are looked for.
@@ -226,6 +227,14 @@ impl Engine {
     /// What this host can do now.
     pub async fn capabilities(&self) -> HostCapabilities {
         capabilities::probe(&self.shared).await
+    }
+
+    /// How full this host is.
+    ///
+    /// # Errors
+    /// The data disk can't be inspected.
+    pub async fn resources(&self) -> Result<ResourceReport, EngineError> {
+        resources::report(&self.shared).await
     }
 
     /// Asks for an image; its digest is known when this returns, the rest happens in the background.

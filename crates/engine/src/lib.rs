@@ -24,6 +24,7 @@ mod instances;
 mod layout;
 mod options;
 mod random;
+mod resources;
 
 pub use capabilities::{HostCapabilities, RuntimeCapabilities};
 pub use engine::Engine;
@@ -34,3 +35,4 @@ pub use instances::{
     LogFollower, LogSource, NetworkRecord, NetworkRequest, RunRecord, StartOverrides, WaitOutcome,
 };
 pub use options::{EngineOptions, ImageOptions, Limits, LogOptions};
+pub use resources::{DiskUse, ResourceReport, Usage};

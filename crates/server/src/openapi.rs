@@ -9,7 +9,7 @@ use utoipa::openapi::path::Operation;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Components, ContentBuilder, HttpMethod, Ref, RefOr, ResponseBuilder};
 
-use crate::handlers::{images, instances, logs, service};
+use crate::handlers::{images, instances, logs, resources, service};
 use crate::middleware::Access;
 use crate::routes::{Route, table};
 
@@ -22,7 +22,7 @@ use crate::routes::{Route, table};
     ),
     servers((url = "http://localhost:4973")),
     paths(
-        service::health, service::capabilities,
+        service::health, service::capabilities, resources::resources,
         images::list, images::create, images::get, images::delete, images::tag,
         instances::list, instances::create, instances::get, instances::update, instances::delete,
         instances::start, instances::stop, instances::wait, instances::stats, instances::stat,
@@ -31,6 +31,7 @@ use crate::routes::{Route, table};
     components(schemas(hypeman_api::ErrorBody)),
     tags(
         (name = "service", description = "The server itself."),
+        (name = "resources", description = "What the host has and what instances take of it."),
         (name = "images", description = "OCI images as root disks."),
         (name = "instances", description = "Virtual machines."),
     ),

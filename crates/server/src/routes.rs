@@ -13,7 +13,7 @@ use crate::auth::Scope::{
     ImageDelete, ImageRead, ImageWrite, InstanceDelete, InstanceRead, InstanceWrite, ResourceRead,
 };
 use crate::error::ApiError;
-use crate::handlers::{copy, exec, images, instances, logs, service};
+use crate::handlers::{copy, exec, images, instances, logs, resources, service};
 use crate::middleware::{Access, Guard, envelope, guard};
 use crate::registry;
 use crate::state::AppState;
@@ -94,6 +94,7 @@ pub fn table() -> Vec<Route> {
     vec![
         route(Method::GET, "/health", PublicUnlessLimited(ResourceRead), QUICK, service::health),
         route(Method::GET, "/capabilities", Scoped(ResourceRead), SLOW, service::capabilities),
+        route(Method::GET, "/resources", Scoped(ResourceRead), QUICK, resources::resources),
         route(Method::GET, "/spec.json", Public, QUICK, service::spec_json).undocumented(),
         route(Method::GET, "/spec.yaml", Public, QUICK, service::spec_yaml).undocumented(),
         route(Method::GET, "/swagger", Public, QUICK, service::swagger).undocumented(),

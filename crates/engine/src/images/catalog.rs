@@ -459,6 +459,15 @@ impl Catalog {
         }
     }
 
+    /// Bytes of all root disks.
+    pub(crate) fn root_disk_bytes(&self) -> u64 {
+        self.state()
+            .contents
+            .values()
+            .filter_map(|content| content.size_bytes)
+            .sum()
+    }
+
     /// Refuses a pull that the data disk has no room for.
     fn check_disk(&self, layer_bytes: u64, digest: &str) -> Result<(), EngineError> {
         if self
@@ -480,12 +489,7 @@ impl Catalog {
                 self.limits.min_free_disk >> 20
             )));
         }
-        let held: u64 = self
-            .state()
-            .contents
-            .values()
-            .filter_map(|content| content.size_bytes)
-            .sum();
+        let held = self.root_disk_bytes();
         #[allow(
             clippy::cast_precision_loss,
             clippy::cast_possible_truncation,

@@ -5,6 +5,7 @@ pub mod exec;
 pub mod images;
 pub mod instances;
 pub mod logs;
+pub mod resources;
 pub mod service;
 pub mod socket;
 
