@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use hypeman_network::{Availability, Network};
 use hypeman_vmm::{Capabilities, VmmKind};
 
-use crate::engine::Shared;
+use crate::shared::Shared;
 
 /// Answer to "what can I do here".
 #[derive(Debug, Clone)]

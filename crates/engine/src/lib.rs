@@ -25,6 +25,7 @@ mod layout;
 mod options;
 mod random;
 mod resources;
+mod shared;
 
 pub use capabilities::{HostCapabilities, RuntimeCapabilities};
 pub use engine::Engine;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::engine::Shared;
+use crate::shared::Shared;
 use crate::{EngineError, Instance, InstanceFilter};
 
 /// Capacity and use of one resource.

@@ -16,6 +16,7 @@ mod collect;
 mod job;
 mod model;
 mod registry;
+mod supply;
 
 pub(crate) use catalog::Catalog;
 pub(crate) use model::RuntimeConfig;

@@ -21,9 +21,9 @@ use super::driver::{Driver, Operation, Run};
 use super::link::Link;
 use super::model::{InstanceRecord, RunRecord};
 use crate::durable;
-use crate::engine::Shared;
 use crate::images::RuntimeConfig;
 use crate::layout::make_private;
+use crate::shared::Shared;
 use crate::{EngineError, faults};
 
 /// A burst may be this many times the sustained rate.

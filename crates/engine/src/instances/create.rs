@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::disks::MIN_OVERLAY_BYTES;
 use super::driver::{self, Operation, Request};
 use super::model::{CreateInstance, Instance, InstanceRecord, NetworkRecord};
-use crate::engine::Shared;
+use crate::shared::Shared;
 use crate::{EngineError, faults};
 
 /// How long a request waits for an image that is not here yet; clients give up after a minute.

@@ -25,7 +25,7 @@ use super::action_log::ActionLog;
 use super::link::{Link, LinkEvent};
 use super::model::{Expiry, Instance, InstanceRecord, InstanceUpdate, StartOverrides};
 use super::table::Slot;
-use crate::engine::Shared;
+use crate::shared::Shared;
 use crate::{EngineError, faults};
 
 /// How long a guest that reported the end of its program may take to power off.

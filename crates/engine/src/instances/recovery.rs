@@ -27,7 +27,7 @@ use super::driver::{self, Driver, Operation, Request, Run};
 use super::link::Link;
 use super::model::InstanceRecord;
 use super::shutdown::exit_unseen;
-use crate::engine::Shared;
+use crate::shared::Shared;
 use crate::{EngineError, durable};
 
 /// How long the start waits for agents of adopted machines, so that the first request finds them running.
