@@ -141,18 +141,25 @@ impl QemuMachine {
     }
 
     /// Points an output of QEMU at a fresh file. It writes and takes commands on one thread, so every byte goes
-    /// either to the old file or to the new one.
+    /// either to the old file or to the new one. The new one gets its name only after QEMU has turned to it:
+    /// a reader that sees the name knows that the old file is complete.
     async fn reopen(&self, chardev: &str, path: &Path) -> Result<(), VmmError> {
-        super::append_only(path)?;
-        let out = super::arguments::text(path)?;
+        let mut fresh = path.as_os_str().to_owned();
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        super::append_only(&fresh)?;
+        let out = super::arguments::text(&fresh)?;
         let backend = json!({ "type": "file", "data": { "out": out, "append": true } });
         self.command(
             "chardev-change",
             json!({ "id": chardev, "backend": backend }),
             COMMAND_DEADLINE,
         )
-        .await
-        .map(drop)
+        .await?;
+        std::fs::rename(&fresh, path).map_err(|source| VmmError::Io {
+            context: format!("cannot rename {}", fresh.display()),
+            source,
+        })
     }
 
     fn remove_sockets(&self) {
