@@ -127,6 +127,7 @@ fn run(arguments: &Outer) -> Result<ExitCode> {
         modules: arguments.modules.clone(),
         quick: arguments.quick,
     };
+    server::clean_up_when_interrupted()?;
     let mut sections: Vec<Section> = Vec::new();
     for (name, title, bench) in benches::ALL {
         if arguments.names.is_empty() || arguments.names.iter().any(|wanted| wanted == name) {

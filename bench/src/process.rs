@@ -78,7 +78,7 @@ fn status_field(text: &str, field: &str) -> u64 {
 }
 
 /// Command lines of all processes that have a word containing `mark`, with their ids.
-pub fn with_argument(mark: &str) -> Vec<(u32, Vec<String>)> {
+pub fn started_for(mark: &str) -> Vec<(u32, Vec<String>)> {
     let mut found = Vec::new();
     let Ok(entries) = fs::read_dir("/proc") else {
         return found;

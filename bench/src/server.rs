@@ -4,9 +4,11 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::context::Context;
 use crate::error::{BenchError, Result};
@@ -69,6 +71,9 @@ impl Server {
 
     fn launch(hypeman: PathBuf, data: tempfile::TempDir, environment: Vec<(String, String)>) -> Result<Self> {
         let port = free_port()?;
+        if !running().iter().any(|folder| folder == data.path()) {
+            running().push(data.path().to_owned());
+        }
         let log = fs::File::create(data.path().join("server.log"))
             .map_err(|error| BenchError::io("make the server's log", error))?;
         let errors = log
@@ -76,6 +81,9 @@ impl Server {
             .map_err(|error| BenchError::io("make the server's log", error))?;
         let child = Command::new(&hypeman)
             .arg("serve")
+            // Said twice, so that the process can be told from others by its command line.
+            .arg("--data-dir")
+            .arg(data.path().join("data"))
             .envs(environment.iter().cloned())
             .env("PORT", port.to_string())
             .stdin(Stdio::null())
@@ -202,13 +210,54 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.end();
-        // VMs outlive their server by design; those of a bench have nobody left.
-        for (process, _) in process::with_argument(&self.data.path().display().to_string()) {
-            if process != std::process::id()
-                && let Some(process) = rustix::process::Pid::from_raw(process.cast_signed())
-            {
-                let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+        kill_left_over(self.data.path());
+        running().retain(|folder| folder != self.data.path());
+    }
+}
+
+/// Folders of servers that run now.
+static RUNNING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn running() -> MutexGuard<'static, Vec<PathBuf>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets an interrupted bench leave as little behind as one that ends.
+///
+/// # Errors
+/// The handler cannot be installed.
+pub fn clean_up_when_interrupted() -> Result<()> {
+    let fail = |error| BenchError::io("watch for an interrupt", error);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(fail)?;
+    let (mut interrupt, mut terminate) = runtime
+        .block_on(async { Ok((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)) })
+        .map_err(fail)?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
             }
+        });
+        for folder in running().drain(..) {
+            kill_left_over(&folder);
+            let _ = fs::remove_dir_all(folder);
+        }
+        std::process::exit(130);
+    });
+    Ok(())
+}
+
+/// Kills the server and the VMs of a bench. VMs outlive their server by design; these have nobody left.
+fn kill_left_over(folder: &Path) {
+    for (process, _) in process::started_for(&folder.display().to_string()) {
+        if process != std::process::id()
+            && let Some(process) = rustix::process::Pid::from_raw(process.cast_signed())
+        {
+            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
         }
     }
 }

@@ -57,7 +57,7 @@ fn measure(
     let folder = tempfile::tempdir().map_err(|error| BenchError::io("make a directory", error))?;
     // The first boot fills caches of both, and tells how the bare machine is to be started.
     let warm = create_running(api, &small_instance("bench-warm", image, board))?;
-    let words = process::with_argument(&warm)
+    let words = process::started_for(&warm)
         .into_iter()
         .find(|(id, _)| *id != server.process())
         .map(|(_, words)| words)
