@@ -199,6 +199,9 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (404, "platform_not_available") => {
             "the image has no such platform: leave --platform out, or name another"
         }
+        (404, _) if message.contains("no endpoint") => {
+            "this server does not have that: `hypeman capabilities` shows its version and what it can do"
+        }
         (404, _) => "`hypeman ps -a` lists instances, `hypeman image list` lists images",
         (_, "ambiguous") => "more than one matches: give the full id (`hypeman ps -a`)",
         (_, "name_conflict" | "already_exists") => {
@@ -244,6 +247,9 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         }
         (507, _) | (_, "disk_full" | "no_space") => "free space in the server's data directory and try again",
         (408 | 504, _) => "the server took too long: try again, and see its log",
+        (424, _) => {
+            "the registry cannot be reached from the server: check the reference; `hypeman push` takes local images"
+        }
         (429, _) => "too many requests: wait a moment and try again",
         (400, _) => "see the command's --help for what it accepts",
         (409, _) => "its state does not allow that now: see `hypeman inspect`",

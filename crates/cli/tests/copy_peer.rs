@@ -1,5 +1,8 @@
 //! Copies against a peer that behaves, and against guests that try to do harm.
 
+// Helpers of tests may panic like the tests themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use std::fs;

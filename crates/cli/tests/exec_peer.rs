@@ -1,5 +1,8 @@
 //! Exec sessions against a peer that behaves, and against peers that do not.
 
+// Helpers of tests may panic like the tests themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use common::{bytes, connection, next_json, say, text};

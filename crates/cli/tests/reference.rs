@@ -2,6 +2,9 @@
 //!
 //! Run with `HYPEMAN_UPDATE_REFERENCE=1` to write the file anew after an intended change.
 
+// Helpers of tests may panic like the tests themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::path::Path;
 
 use clap::{Command, CommandFactory as _};

@@ -22,9 +22,10 @@ use crate::{output, websocket};
 /// Arguments of `cp`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-SOURCE and DESTINATION are local paths, INSTANCE:PATH, or - for a tar archive on standard input or output; one
-of them is in an instance. The rules are those of docker cp: a file copied to a directory goes into it, a
-directory copied to an existing directory too, unless SOURCE ends in /. (then its content does).
+SOURCE and DESTINATION are local paths, INSTANCE:PATH, or - for a tar archive on standard input or \
+output; one of them is in an instance. The rules are those of docker cp: a file copied to a \
+directory goes into it, a directory copied to an existing directory too, unless SOURCE ends in /. \
+(then its content does).
 
 Examples:
   hypeman cp notes.txt web:/srv/

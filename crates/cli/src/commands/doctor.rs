@@ -13,7 +13,9 @@ use crate::output::{self, Output};
 /// Arguments of `doctor`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Each line is ok, warn (it works, but not as well as it could) or fail; what is not ok says how to mend it.
+Each line is ok, warn (it works, but not as well as it could) or fail; what is not ok says how to \
+mend it.
+
 Exit codes: 0 nothing failed, 1 something did.
 
 Examples:

@@ -16,10 +16,11 @@ const INPUT_QUEUE: usize = 16;
 /// Arguments of `exec`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The exit code is the command's own (128+n when signal n killed it, 124 after --timeout, 127 when it does not
-exist); 130 after Ctrl-C, 255 when exec itself failed.
+The exit code is the command's own (128+n when signal n killed it, 124 after --timeout, 127 when it \
+does not exist); 130 after Ctrl-C, 255 when exec itself failed.
 
-Options stand before the instance; all that follows it is the command. A terminal is used when standard input and output are one; -t insists on it, -T does without.
+Options stand before the instance; all that follows it is the command. A terminal is used when \
+standard input and output are one; -t insists on it, -T does without.
 
 Examples:
   hypeman exec web uname -a
@@ -105,7 +106,7 @@ async fn execute(context: &Context, arguments: ExecArgs) -> Result<u8, CliError>
         None
     };
     let outcome = tokio::select! {
-        outcome = session(socket, &request, input, |bytes| write_output(bytes)) => outcome,
+        outcome = session(socket, &request, input, write_output) => outcome,
         failure = forward_resizes(tty, sender) => Err(failure),
         interrupted = interruption() => Err(interrupted),
     };

@@ -29,9 +29,9 @@ const APPEARS_PAUSE: std::time::Duration = std::time::Duration::from_millis(200)
 /// Arguments of `push`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE is a docker save archive, an OCI archive, an OCI layout directory, or - for an archive on standard input.
-TARGET is repository[:tag] on the server; the archive's own name when absent. The image is then known as
-HOST:PORT/repository:tag, which is printed.
+IMAGE is a docker save archive, an OCI archive, an OCI layout directory, or - for an archive on \
+standard input. TARGET is repository[:tag] on the server; the archive's own name when absent. The \
+image is then known as HOST:PORT/repository:tag, which is printed.
 
 Examples:
   docker save app:1 | hypeman push - app:1

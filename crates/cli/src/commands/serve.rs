@@ -22,9 +22,10 @@ use crate::{guest_program, output};
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Nothing has to be configured. The configuration is the first of --config, $CONFIG_PATH, /etc/hypeman/config.yaml
-and ~/.config/hypeman/config.yaml that exists; the environment overrides it, with two underscores for each level
-(LIMITS__MAX_OVERLAY_SIZE=50GB); flags override both. `hypeman serve --list-keys` lists all keys.
+Nothing has to be configured. The configuration is the first of --config, $CONFIG_PATH, \
+/etc/hypeman/config.yaml and ~/.config/hypeman/config.yaml that exists; the environment overrides \
+it, with two underscores for each level (LIMITS__MAX_OVERLAY_SIZE=50GB); flags override both. \
+`hypeman serve --list-keys` lists all keys.
 
 Machines outlive the server: a server that starts again takes them back.
 

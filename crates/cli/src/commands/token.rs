@@ -28,8 +28,9 @@ pub enum TokenCommand {
 /// Arguments of `token create`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The secret is jwt_secret of the server's configuration (or the variable JWT_SECRET), else the file jwt_secret in
-its data directory. There is no list of tokens: to revoke them all, change the secret and restart the server.
+The secret is jwt_secret of the server's configuration (or the variable JWT_SECRET), else the file \
+jwt_secret in its data directory. There is no list of tokens: to revoke them all, change the secret \
+and restart the server.
 
 Examples:
   hypeman token create --user-id me --save                     remember it in ~/.config/hypeman/cli.yaml

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
 
-use hypeman_kernel::{KernelOptions, Kernels};
+use hypeman_kernel::{KernelError, KernelOptions, Kernels};
 use hypeman_network::{Availability, Network};
 use hypeman_vmm::{Accelerator, Capabilities, VmmKind, Vmms};
 use rustix::process::{Resource, getrlimit};
@@ -95,8 +95,7 @@ pub(super) async fn hypervisors(values: &Values) -> Vec<Check> {
 
 /// Finds and unpacks the guest kernel in a temporary directory, as a server does in its own.
 pub(super) async fn kernel(values: &Values, data: &Path) -> Check {
-    const FIX: &str = "run kernel/build, or install the distribution's cloud kernel (on Debian `apt-get install \
-                       linux-image-cloud-amd64`), or name one in kernel.path";
+    const FIX: &str = "or name one in kernel.path of the configuration";
     let mut options = match options::kernel(values) {
         Ok(options) => options,
         Err(failure) => return misconfigured("kernel", &failure),
@@ -106,7 +105,8 @@ pub(super) async fn kernel(values: &Values, data: &Path) -> Check {
     let program = guest_program::find(values)
         .map(|program| program.bytes)
         .unwrap_or(b"\x7fELF".into());
-    let tried = tokio::task::spawn_blocking(move || prepare(options, &program)).await;
+    let system = data.join("system");
+    let tried = tokio::task::spawn_blocking(move || prepare(options, &program, &system)).await;
     match tried {
         Ok(Ok(found)) => Check::ok("kernel", found),
         Ok(Err(failure)) => Check::fail("kernel", failure, FIX),
@@ -125,10 +125,17 @@ fn stored_kernels(data: &Path) -> Vec<std::path::PathBuf> {
         .collect()
 }
 
-fn prepare(options: KernelOptions, program: &[u8]) -> Result<String, String> {
+fn prepare(options: KernelOptions, program: &[u8], system: &Path) -> Result<String, String> {
     let temporary = tempfile::tempdir().map_err(|failure| format!("no temporary directory: {failure}"))?;
-    let kernels = Kernels::open(temporary.path(), options).map_err(|failure| failure.to_string())?;
-    let artifacts = kernels.prepare(program).map_err(|failure| failure.to_string())?;
+    // Messages name the place where a server would look.
+    let told = |failure: KernelError| {
+        failure.to_string().replace(
+            &temporary.path().display().to_string(),
+            &system.display().to_string(),
+        )
+    };
+    let kernels = Kernels::open(temporary.path(), options).map_err(told)?;
+    let artifacts = kernels.prepare(program).map_err(told)?;
     let modules = match artifacts.modules.len() {
         0 => "everything built in".to_owned(),
         count => format!("{count} modules in the initramfs"),

@@ -1,6 +1,6 @@
 //! A peer that plays the server's side of a WebSocket, well or badly.
 
-#![allow(dead_code)]
+#![allow(dead_code, clippy::expect_used)]
 
 use futures::{SinkExt as _, StreamExt as _};
 use tokio::io::DuplexStream;
