@@ -135,7 +135,13 @@ fn write_loop(connection: &mut Connection, jobs: &Receiver<Job>) {
                 jobs.try_recv().ok()
             };
         }
-        let committed = begun.and_then(|()| connection.execute_batch("COMMIT"));
+        // What SQLite gave up has told its cause to the job that met it; a commit would only say that none is open.
+        let given_up = begun.is_ok() && connection.is_autocommit();
+        let committed = match begun {
+            Ok(()) if given_up => Err(StoreError::NotCommitted),
+            Ok(()) => connection.execute_batch("COMMIT").map_err(StoreError::from),
+            Err(error) => Err(error.into()),
+        };
         if committed.is_err() && !connection.is_autocommit() {
             // The failed commit left the transaction open; the next group needs a clean start.
             if let Err(error) = connection.execute_batch("ROLLBACK") {
@@ -143,13 +149,15 @@ fn write_loop(connection: &mut Connection, jobs: &Receiver<Job>) {
             }
         }
         let succeeded = committed.is_ok();
-        let mut cause = committed.err().map(StoreError::from);
+        let no_space = matches!(committed, Err(StoreError::NoSpace));
+        let mut cause = committed.err();
         for finish in finishes {
-            // The cause goes to the first that waits; the others failed along with it.
-            finish(if succeeded {
-                Ok(())
-            } else {
-                Err(cause.take().unwrap_or(StoreError::NotCommitted))
+            // The cause goes to the first that waits; the others failed along with it. Lack of space concerns all.
+            finish(match cause.take() {
+                None if succeeded => Ok(()),
+                None if no_space => Err(StoreError::NoSpace),
+                None => Err(StoreError::NotCommitted),
+                Some(cause) => Err(cause),
             });
         }
     }
@@ -184,6 +192,52 @@ mod tests {
             .map(|entry| entry.subject)
             .collect();
         assert_eq!(subjects, ["b"]);
+    }
+
+    #[tokio::test]
+    async fn a_repeated_intent_replaces_the_earlier() {
+        let (_directory, store) = store();
+        for operation in ["stop", "delete", "delete"] {
+            store
+                .write(move |connection| journal::begin(connection, "a", operation))
+                .await
+                .unwrap();
+        }
+        let entries = store.read(journal::all).unwrap();
+        assert_eq!(entries.len(), 1);
+        assert_eq!(entries[0].operation, "delete");
+    }
+
+    #[tokio::test]
+    async fn all_that_wait_learn_that_the_disk_is_full() {
+        let (_directory, store) = store();
+        store
+            .write(|connection| {
+                let pages: u32 = connection.pragma_query_value(None, "page_count", |row| row.get(0))?;
+                Ok::<_, StoreError>(connection.pragma_update(None, "max_page_count", pages)?)
+            })
+            .await
+            .unwrap();
+        let large = "x".repeat(1 << 20);
+        let writes = (0..4).map(|number| {
+            let (store, large) = (store.clone(), large.clone());
+            async move {
+                store
+                    .write(move |connection| journal::begin(connection, &number.to_string(), &large))
+                    .await
+            }
+        });
+        let mut waiting = tokio::task::JoinSet::new();
+        for write in writes {
+            waiting.spawn(write);
+        }
+        for outcome in waiting.join_all().await {
+            assert!(
+                matches!(outcome, Err(StoreError::NoSpace | StoreError::NotCommitted)),
+                "{outcome:?}"
+            );
+        }
+        assert!(store.read(journal::all).unwrap().is_empty());
     }
 
     #[tokio::test]

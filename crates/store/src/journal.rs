@@ -17,9 +17,13 @@ pub struct Entry {
 
 /// Records an intent. Goes into the same transaction as the state that it starts from.
 ///
+/// It replaces an earlier intent of the subject, such as a stop by a delete, or a delete by its repetition: only
+/// the last one would be carried out, and an operation that fails again and again must not fill the journal.
+///
 /// # Errors
 /// The database fails.
 pub fn begin(connection: &Connection, subject: &str, operation: &str) -> Result<i64, StoreError> {
+    clear(connection, subject)?;
     connection
         .prepare_cached("INSERT INTO journal (subject, operation) VALUES (?1, ?2)")?
         .execute(params![subject, operation])?;
