@@ -59,7 +59,7 @@ pub enum EngineError {
     Image(#[from] ImageError),
     /// The VMM refused or failed.
     #[error(transparent)]
-    Vmm(#[from] VmmError),
+    Vmm(VmmError),
     /// The guest's agent refused or failed.
     #[error(transparent)]
     Guest(#[from] ChannelError),
@@ -68,7 +68,7 @@ pub enum EngineError {
     Network(#[from] NetworkError),
     /// Metadata could not be read or written.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
     /// Host I/O failed.
     #[error("{context}: {source}")]
     Io {
@@ -94,6 +94,15 @@ impl EngineError {
         }
     }
 
+    /// Whether the data disk is full: repeating helps once there is space.
+    #[must_use]
+    pub fn is_out_of_space(&self) -> bool {
+        matches!(
+            self,
+            Self::Store(StoreError::NoSpace) | Self::Image(ImageError::NoSpace(_))
+        )
+    }
+
     /// Wraps an I/O error with what was being done. A full disk becomes [`EngineError::InsufficientResources`].
     pub fn io(context: impl Into<String>, source: std::io::Error) -> Self {
         let context = context.into();
@@ -106,6 +115,27 @@ impl EngineError {
             ))
         } else {
             Self::Io { context, source }
+        }
+    }
+}
+
+impl From<StoreError> for EngineError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::NoSpace => Self::InsufficientResources(error.to_string()),
+            other => Self::Store(other),
+        }
+    }
+}
+
+impl From<VmmError> for EngineError {
+    fn from(error: VmmError) -> Self {
+        match error {
+            // Only the lack of space is the client's business, not which file lacked it.
+            VmmError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                Self::io("start the VMM", source)
+            }
+            other => Self::Vmm(other),
         }
     }
 }

@@ -8,6 +8,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hypeman_core::instance::Observation;
 use hypeman_guest_api::{AgentKey, GuestConfig, InitMode, NetworkConfig, Program, is_init_command};
@@ -26,6 +27,8 @@ use crate::layout::make_private;
 use crate::shared::Shared;
 use crate::{EngineError, faults};
 
+/// How long a killed process may take to go: only one stuck in the kernel takes longer.
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
 /// A burst may be this many times the sustained rate.
 const IO_BURST: u64 = 4;
 
@@ -38,17 +41,18 @@ impl Driver {
             self.begin(operation).await?;
             faults::point("start.recorded");
         }
-        self.log.line(if first {
-            "create: booting"
-        } else {
-            "start: booting"
-        });
         match self.launch(operation).await {
             Ok(()) => Ok(()),
             Err(error) => {
                 self.log.line(&format!("boot failed: {error}"));
-                self.undo_launch().await;
-                if first {
+                if let Err(alive) = self.undo_launch().await {
+                    // Its files and its journal entry must outlive it: the next start kills it.
+                    tracing::error!(instance = %self.record.id, %alive, "left for recovery");
+                    self.observe(&Observation::Launched { without_agent: true });
+                    self.observe(&Observation::Unresponsive {
+                        reason: format!("its start failed and could not be undone: {alive}"),
+                    });
+                } else if first {
                     if let Err(cleanup) = self.forget().await {
                         tracing::error!(instance = %self.record.id, %cleanup, "left for recovery");
                     }
@@ -94,7 +98,13 @@ impl Driver {
         at("create.network", "start.network");
         let spec = machine_spec(&shared, &self.record, artifacts.kernel, artifacts.initramfs);
         let vmm = shared.vmm(self.record.hypervisor)?;
+        let turn = shared
+            .launches
+            .acquire()
+            .await
+            .map_err(|_| EngineError::ShuttingDown)?;
         let machine: Arc<dyn Machine> = Arc::from(vmm.launch(&spec).await?);
+        drop(turn);
         self.slot.live.set_machine(Some(Arc::clone(&machine)));
         at("create.launched", "start.launched");
 
@@ -152,21 +162,18 @@ impl Driver {
     }
 
     /// Removes what a launch may have left: process, TAP, sockets.
-    pub(super) async fn undo_launch(&mut self) {
+    ///
+    /// # Errors
+    /// The process could not be ended: nothing of it may be removed.
+    pub(super) async fn undo_launch(&mut self) -> Result<(), EngineError> {
         if let Some(machine) = self.slot.live.machine() {
-            self.kill(&machine).await;
+            kill(&machine).await?;
         }
         self.run = None;
         self.slot.live.set_machine(None);
         self.slot.live.set_client(None);
         self.detach().await;
-    }
-
-    /// Ends the VMM process; a failure is logged and recovery tries again.
-    pub(super) async fn kill(&mut self, machine: &Arc<dyn Machine>) {
-        if let Err(error) = machine.kill().await {
-            tracing::error!(instance = %self.record.id, %error, "VMM not killed");
-        }
+        Ok(())
     }
 
     /// Takes the machine off the network and removes its sockets. What fails is found again at the next start.
@@ -180,6 +187,20 @@ impl Driver {
         if let Err(error) = durable::remove_tree(&self.shared.layout.instance_runtime(&self.record.id)) {
             tracing::warn!(instance = %self.record.id, %error, "runtime directory not removed");
         }
+    }
+}
+
+/// Ends the VMM process.
+///
+/// # Errors
+/// It does not end, as a process does whose disk never answers.
+pub(super) async fn kill(machine: &Arc<dyn Machine>) -> Result<(), EngineError> {
+    match tokio::time::timeout(KILL_DEADLINE, machine.kill()).await {
+        Ok(killed) => Ok(killed?),
+        Err(_) => Err(EngineError::Vmm(VmmError::Unresponsive {
+            command: "kill".into(),
+            after: KILL_DEADLINE,
+        })),
     }
 }
 
@@ -304,7 +325,7 @@ pub(super) async fn kill_leftovers(shared: &Shared, record: &InstanceRecord) -> 
     let spec = adoption_spec(shared, record);
     for process in processes {
         match vmm.adopt(&spec, &process).await {
-            Ok(machine) => machine.kill().await?,
+            Ok(machine) => kill(&Arc::from(machine)).await?,
             Err(VmmError::Gone) => {}
             Err(error) => return Err(error.into()),
         }

@@ -15,13 +15,14 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Command, Lifecycle, Observation, permit};
 use hypeman_guest_api::{ExitReason, GuestEvent};
-use hypeman_store::journal;
+use hypeman_store::{StoreError, journal};
 use hypeman_vmm::Machine;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::action_log::ActionLog;
+use super::boot::kill;
 use super::link::{Link, LinkEvent};
 use super::model::{Expiry, Instance, InstanceRecord, InstanceUpdate, StartOverrides};
 use super::table::Slot;
@@ -170,8 +171,8 @@ impl Driver {
             let expiry = self.record.expires_at;
             let closing = self.shared.closing.clone();
             let unsaved = self.unsaved;
+            // Not biased: a guest that floods with events must not keep requests from their turn.
             let wake = tokio::select! {
-                biased;
                 () = closing.cancelled() => Wake::Closing,
                 wake = next_of_run(self.run.as_mut()) => wake,
                 request = requests.recv() => Wake::Request(request),
@@ -208,7 +209,8 @@ impl Driver {
         match request {
             Request::Boot(reply) => {
                 let outcome = self.boot(Operation::Create).await;
-                let gone = outcome.is_err();
+                // What could not be undone stays listed, and can be deleted again.
+                let gone = outcome.is_err() && self.shared.table.get(&self.record.id).is_err();
                 let _ = reply.send(outcome.map(|()| self.view()));
                 return gone;
             }
@@ -284,14 +286,12 @@ impl Driver {
     }
 
     /// Records an intent before its first effect.
-    pub(super) async fn begin(&self, operation: Operation) -> Result<i64, EngineError> {
+    pub(super) async fn begin(&self, operation: Operation) -> Result<i64, StoreError> {
         let id = self.record.id.clone();
-        let entry = self
-            .shared
+        self.shared
             .store
             .write(move |connection| journal::begin(connection, &id, &operation.encode()))
-            .await?;
-        Ok(entry)
+            .await
     }
 
     async fn on_link(&mut self, event: LinkEvent) {
@@ -319,15 +319,18 @@ impl Driver {
 
     async fn on_report(&mut self, report: GuestEvent) {
         match report {
+            // A guest may repeat itself as often as it likes; only news is written to disk.
             GuestEvent::ProgramStarted => {
-                self.log.line("program started");
-                self.observe(&Observation::ProgramStarted);
-                self.save().await;
+                if self.observe(&Observation::ProgramStarted) {
+                    self.log.line("program started");
+                    self.save().await;
+                }
             }
             GuestEvent::AgentReady => {
-                self.log.line("agent ready");
-                self.observe(&Observation::AgentReady);
-                self.save().await;
+                if self.observe(&Observation::AgentReady) {
+                    self.log.line("agent ready");
+                    self.save().await;
+                }
             }
             GuestEvent::Exited(reason) => self.on_program_exit(reason).await,
             GuestEvent::SetupFailed { message } => {
@@ -349,14 +352,19 @@ impl Driver {
         let Some(run) = self.run.as_mut() else { return };
         run.program_exit = Some(reason);
         let machine = Arc::clone(&run.machine);
-        if tokio::time::timeout(POWER_OFF_GRACE, machine.exited())
-            .await
-            .is_err()
-        {
-            self.log.line("the guest did not power off: killing the VMM");
+        let slot = Arc::clone(&self.slot);
+        tokio::select! {
+            () = machine.exited() => {}
+            () = slot.hurry.notified() => {}
+            () = tokio::time::sleep(POWER_OFF_GRACE) => {
+                self.log.line("the guest did not power off: killing the VMM");
+            }
         }
-        self.kill(&machine).await;
-        self.finish_run(None).await;
+        match kill(&machine).await {
+            Ok(()) => self.finish_run(None).await,
+            // It still has disk and network: it stays this run's, to be stopped or deleted.
+            Err(error) => tracing::error!(instance = %self.record.id, %error, "VMM not killed"),
+        }
     }
 
     /// Asks the VMM for a sign of life.
@@ -366,7 +374,9 @@ impl Driver {
         let silent_vmm =
             matches!(&self.lifecycle, Lifecycle::Unknown { reason, .. } if reason.starts_with("the VMM"));
         match answer {
-            Ok(_) if silent_vmm => self.observe(&Observation::Responsive),
+            Ok(_) if silent_vmm => {
+                self.observe(&Observation::Responsive);
+            }
             Err(error @ hypeman_vmm::VmmError::Unresponsive { .. }) => {
                 self.observe(&Observation::Unresponsive {
                     reason: error.to_string(),
@@ -377,11 +387,12 @@ impl Driver {
         }
     }
 
-    /// Applies what was seen and publishes it when it matters.
-    pub(super) fn observe(&mut self, seen: &Observation) {
+    /// Applies what was seen and publishes it when it matters; `false` when it was no news.
+    pub(super) fn observe(&mut self, seen: &Observation) -> bool {
         let before = self.lifecycle.clone();
         self.lifecycle = before.clone().observe(seen);
-        if self.lifecycle != before {
+        let news = self.lifecycle != before;
+        if news {
             self.record.phases.enter(self.lifecycle.state(), Timestamp::now());
             if self.lifecycle.state() != before.state() {
                 self.log
@@ -389,6 +400,7 @@ impl Driver {
             }
             self.publish();
         }
+        news
     }
 
     pub(super) fn publish(&self) {
@@ -411,7 +423,7 @@ impl Driver {
         self.note_saved(saved);
     }
 
-    pub(super) fn note_saved(&mut self, saved: Result<(), hypeman_store::StoreError>) {
+    pub(super) fn note_saved(&mut self, saved: Result<(), StoreError>) {
         self.unsaved = saved.is_err();
         if let Err(error) = saved {
             tracing::warn!(instance = %self.record.id, %error, "record not saved yet");

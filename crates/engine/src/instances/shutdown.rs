@@ -9,7 +9,7 @@ use hypeman_store::{StoreError, journal};
 use hypeman_vmm::{ExitCause, ExitKind};
 use jiff::Timestamp;
 
-use super::boot::kill_leftovers;
+use super::boot::{kill, kill_leftovers};
 use super::driver::{Driver, Operation, Run};
 use super::link::LinkEvent;
 use crate::durable;
@@ -41,7 +41,7 @@ impl Driver {
                 () = slot.hurry.notified() => {}
             }
         }
-        Ok(run.machine.kill().await?)
+        kill(&run.machine).await
     }
 
     /// Ends a run that the server itself gives up, and records why.
@@ -96,8 +96,8 @@ impl Driver {
         match self.begin(Operation::Delete).await {
             Ok(_) => faults::point("delete.recorded"),
             // Deleting is how space comes back: it must not need any.
-            Err(EngineError::Store(StoreError::NoSpace)) => {}
-            Err(error) => return Err(error),
+            Err(StoreError::NoSpace | StoreError::NotCommitted) => {}
+            Err(error) => return Err(error.into()),
         }
         self.log.line("delete requested");
         self.take_down(graceful.then_some(DELETE_GRACE)).await?;
