@@ -46,17 +46,18 @@ pub(crate) async fn create(
     let random =
         crate::random::bytes::<RANDOM_BYTES>().map_err(|error| EngineError::io("random id", error))?;
     let id = Id::from_random(&random).into_string();
-    let network = if request.network.enabled {
-        Some(network_record(shared, &id, &request).await?)
-    } else {
-        None
-    };
     let now = Timestamp::now();
     let expires_at = request
         .expiry
         .map(|expiry| expiry.deadline(now))
         .transpose()?
         .flatten();
+    // Last: what is refused after this has an address to give back.
+    let network = if request.network.enabled {
+        Some(network_record(shared, &id, &request).await?)
+    } else {
+        None
+    };
     let record = InstanceRecord {
         id: id.clone(),
         name: request.name,
@@ -219,8 +220,8 @@ async fn network_record(
 ) -> Result<NetworkRecord, EngineError> {
     let network = shared.network().await?;
     let seed = u64::from_le_bytes(crate::random::bytes().map_err(|error| EngineError::io("random", error))?);
-    let address = shared.reserve_address(|in_use| network.allocate(in_use, seed))?;
     let octets = crate::random::bytes().map_err(|error| EngineError::io("random", error))?;
+    let address = shared.reserve_address(|in_use| network.allocate(in_use, seed))?;
     Ok(NetworkRecord {
         ip: address.ip,
         mac: hypeman_network::mac_address(octets),
