@@ -17,7 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use futures::{FutureExt, StreamExt};
-use inotify::{EventStream, Inotify, WatchMask};
+use inotify::{EventMask, EventStream, Inotify, WatchMask};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 
@@ -66,7 +66,11 @@ impl LogFollower {
     ) -> Result<Self, EngineError> {
         // The watch comes first: what is written between the two is seen by one of them.
         let events = if follow {
-            Some(watch(path).map_err(read_error)?)
+            Some(watch(path).map_err(|error| match error.kind() {
+                // The instance is just being made, or removed.
+                io::ErrorKind::NotFound => EngineError::LogNotFound,
+                _ => read_error(error),
+            })?)
         } else {
             None
         };
@@ -77,7 +81,8 @@ impl LogFollower {
         {
             match File::open(&segment).await {
                 Ok(file) => {
-                    if segment == path {
+                    // Right after a rotation the newest file is one that has lost its name already.
+                    if files.is_empty() {
                         inode = file.metadata().await.map_err(read_error)?.ino();
                     }
                     files.push(file);
@@ -130,11 +135,18 @@ impl LogFollower {
             let Some(events) = self.events.as_mut() else {
                 return Ok(self.take_rest());
             };
-            if events.next().await.is_none() {
-                return Ok(self.take_rest());
-            }
+            let mut removed = is_end(events.next().await.as_ref());
             // One look at the files answers all events that are there by now.
-            while let Some(Some(_)) = events.next().now_or_never() {}
+            while let Some(event) = events.next().now_or_never() {
+                removed |= is_end(event.as_ref());
+                if event.is_none() {
+                    break;
+                }
+            }
+            if removed {
+                // The instance is gone: what is left in open files is all that will ever come.
+                self.events = None;
+            }
         }
     }
 
@@ -251,6 +263,14 @@ pub(crate) fn rotated(path: &Path, number: u32) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Whether nothing can follow: the watched directory is gone, or the watch itself.
+fn is_end(event: Option<&io::Result<inotify::EventOwned>>) -> bool {
+    match event {
+        Some(Ok(event)) => event.mask.intersects(EventMask::DELETE_SELF | EventMask::IGNORED),
+        Some(Err(_)) | None => true,
+    }
+}
+
 fn read_error(error: io::Error) -> EngineError {
     EngineError::io("read the log", error)
 }
@@ -339,6 +359,32 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let missing = LogFollower::open(&directory.path().join("app.log"), 1, 10, false).await;
         assert!(matches!(missing, Err(EngineError::LogNotFound)));
+    }
+
+    #[tokio::test]
+    async fn following_ends_when_the_instance_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let logs = directory.path().join("logs");
+        std::fs::create_dir(&logs).unwrap();
+        let path = logs.join("app.log");
+        let early = LogFollower::open(&logs.join("none/app.log"), 1, 10, true).await;
+        assert!(matches!(early, Err(EngineError::LogNotFound)));
+        std::fs::write(&path, "one\nlast").unwrap();
+        let mut follower = LogFollower::open(&path, 1, 10, true).await.unwrap();
+        assert_eq!(follower.next().await.unwrap().unwrap(), b"one");
+        std::fs::remove_dir_all(&logs).unwrap();
+        assert_eq!(lines(&mut follower).await, ["last"]);
+    }
+
+    #[tokio::test]
+    async fn a_follower_that_comes_in_the_middle_of_a_rotation_sees_no_line_twice() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.log");
+        std::fs::write(rotated(&path, 1), "one\n").unwrap();
+        let mut follower = LogFollower::open(&path, 1, 10, true).await.unwrap();
+        assert_eq!(follower.next().await.unwrap().unwrap(), b"one");
+        std::fs::write(&path, "two\n").unwrap();
+        assert_eq!(follower.next().await.unwrap().unwrap(), b"two");
     }
 
     #[tokio::test]
