@@ -139,7 +139,10 @@ async fn connection(
         match client.configure(&config, CONFIGURE_DEADLINE).await {
             Ok(()) => {}
             Err(ChannelError::Refused(refusal)) => return End::Refused(refusal.message),
-            Err(error) => return lost(false, error.to_string()),
+            Err(error) => {
+                client.close();
+                return lost(false, error.to_string());
+            }
         }
     }
     if events.send(LinkEvent::Connected(client.clone())).await.is_err() {
@@ -152,10 +155,14 @@ async fn connection(
                 Some(report) => if events.send(LinkEvent::Guest(report)).await.is_err() {
                     return End::ReceiverGone;
                 },
-                None => return lost(true, "the guest agent closed the connection".into()),
+                None => {
+                    // Its events may have ended alone; sessions still hold the connection, and the port serves one
+                    // at a time.
+                    client.close();
+                    return lost(true, "the guest agent closed the connection".into());
+                }
             },
             () = silence(&client), if watched => {
-                // Sessions still hold the connection, and the port serves one at a time.
                 client.close();
                 return lost(true, "the guest agent does not answer".into());
             }
