@@ -30,7 +30,13 @@ pub(crate) fn create_overlay(templates: &Path, bytes: u64, target: &Path) -> Res
             .open(target)?;
         sparse_copy(&source, &destination, bytes)
     };
-    copy().map_err(|error| EngineError::io("create the writable layer", error))
+    copy().map_err(|error| {
+        // Half a copy under this name would be taken for the layer by the next start.
+        if error.kind() != io::ErrorKind::AlreadyExists {
+            let _ = std::fs::remove_file(target);
+        }
+        EngineError::io("create the writable layer", error)
+    })
 }
 
 fn template(templates: &Path, bytes: u64) -> Result<PathBuf, EngineError> {
