@@ -76,12 +76,15 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
         }
     }
     if networked && let Ok(network) = shared.network().await {
-        let removed = network.reconcile(&taps).await?;
-        if !removed.is_empty() {
-            tracing::info!(?removed, "removed TAPs of machines that are gone");
+        match network.reconcile(&taps).await {
+            Ok(removed) if removed.is_empty() => {}
+            Ok(removed) => tracing::info!(?removed, "removed TAPs of machines that are gone"),
+            Err(error) => tracing::error!(%error, "TAPs of machines that are gone were not removed"),
         }
     }
-    sweep(shared, &known).map_err(|error| EngineError::io("sweep leftovers", error))?;
+    if let Err(error) = sweep(shared, &known) {
+        tracing::error!(%error, "leftovers of instances that are gone were not removed");
+    }
     let ready = adopted.into_iter().map(|mut published| async move {
         let _ = published
             .wait_for(|instance| instance.state != InstanceState::Initializing)
