@@ -291,6 +291,7 @@ impl Engine {
         };
         let (instance, timed_out) = match tokio::time::timeout(timeout, waiting).await {
             Ok(Ok(instance)) => (instance, false),
+            Ok(Err(_)) if self.shared.closing.is_cancelled() => return Err(EngineError::ShuttingDown),
             Ok(Err(_)) => return Err(not_found(id)),
             Err(_) => (self.get_instance(id)?, true),
         };
