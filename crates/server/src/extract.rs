@@ -12,6 +12,7 @@ use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 
 use crate::error::ApiError;
+use crate::strict;
 
 /// Largest JSON body, bytes.
 pub const MAX_JSON: usize = 1 << 20;
@@ -44,7 +45,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
         if bytes.is_empty() {
             return Err(ApiError::schema("a JSON body is required; send {} for defaults"));
         }
-        serde_json::from_slice(&bytes)
+        strict::from_slice(&bytes)
             .map(Self)
             .map_err(|error| ApiError::schema(format!("the body does not match the schema: {error}")))
     }

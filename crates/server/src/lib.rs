@@ -22,6 +22,7 @@ mod registry;
 mod routes;
 mod serve;
 mod state;
+mod strict;
 
 pub use error::ApiError;
 pub use serve::{BoundServer, ServeError, ServerConfig, bind, serve};

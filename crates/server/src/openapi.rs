@@ -28,7 +28,7 @@ use crate::routes::{Route, table};
         instances::start, instances::stop, instances::wait, instances::stats, instances::stat,
         logs::logs,
     ),
-    components(schemas(hypeman_api::ErrorBody)),
+    components(schemas(hypeman_api::ErrorBody, hypeman_api::query::LogSource)),
     tags(
         (name = "service", description = "The server itself."),
         (name = "resources", description = "What the host has and what instances take of it."),

@@ -12,14 +12,20 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_util::task::TaskTracker;
 
 use crate::auth::Verifier;
 use crate::openapi;
 use crate::routes::router;
-use crate::state::AppState;
+use crate::state::{AppState, Stage, reached};
 
 /// How long a client may take to send the head of a request.
-const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+///
+/// It also ends idle connections, so it is longer than clients keep theirs (Go: 90 seconds).
+const HEAD_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long sessions may take to notice that they were cut off.
+const CUT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How the server listens.
 #[derive(Clone)]
@@ -79,7 +85,7 @@ pub struct BoundServer {
     listener: TcpListener,
     address: SocketAddr,
     state: AppState,
-    closing: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
     drain: Duration,
     connections: Arc<Semaphore>,
 }
@@ -98,14 +104,15 @@ pub async fn bind(config: ServerConfig, engine: Arc<Engine>) -> Result<BoundServ
     if config.jwt_secret.is_empty() {
         tracing::warn!("jwt_secret is empty: every request that needs a token will be refused");
     }
-    let (closing, watched) = watch::channel(false);
+    let (stage, watched) = watch::channel(Stage::Serving);
     let state = AppState {
         engine,
         verifier: Arc::new(Verifier::new(&config.jwt_secret)),
         version: config.version.as_str().into(),
         spec: Arc::new(openapi::render()?),
         list_cache: Arc::new(Mutex::new(None)),
-        closing: watched,
+        stage: watched,
+        sessions: TaskTracker::new(),
     };
     let connections = Arc::new(Semaphore::new(
         config.max_connections.clamp(1, Semaphore::MAX_PERMITS),
@@ -114,7 +121,7 @@ pub async fn bind(config: ServerConfig, engine: Arc<Engine>) -> Result<BoundServ
         listener,
         address,
         state,
-        closing,
+        stage,
         drain: config.drain,
         connections,
     })
@@ -158,7 +165,7 @@ impl BoundServer {
                 Some(_) = running.join_next(), if !running.is_empty() => {}
                 (permit, accepted) = accepted => match accepted {
                     Ok((stream, _)) => {
-                        let connection = connection(stream, router.clone(), self.state.closing.clone());
+                        let connection = connection(stream, router.clone(), self.state.stage.clone());
                         running.spawn(async move {
                             connection.await;
                             drop(permit);
@@ -173,16 +180,24 @@ impl BoundServer {
             }
         }
         drop(self.listener);
-        let _ = self.closing.send(true);
-        tracing::info!(connections = running.len(), "draining");
-        let drained = async { while running.join_next().await.is_some() {} };
+        self.stage.send_replace(Stage::Draining);
+        let sessions = self.state.sessions;
+        sessions.close();
+        tracing::info!(connections = running.len(), sessions = sessions.len(), "draining");
+        let drained = async {
+            while running.join_next().await.is_some() {}
+            sessions.wait().await;
+        };
         if tokio::time::timeout(self.drain, drained).await.is_err() {
-            tracing::warn!("some requests did not end in time and were cut off");
+            tracing::warn!("some requests did not end in time and are cut off");
+            self.stage.send_replace(Stage::Cutting);
+            running.shutdown().await;
+            let _ = tokio::time::timeout(CUT_DEADLINE, sessions.wait()).await;
         }
     }
 }
 
-async fn connection(stream: TcpStream, router: axum::Router, mut closing: watch::Receiver<bool>) {
+async fn connection(stream: TcpStream, router: axum::Router, stage: watch::Receiver<Stage>) {
     // Output of commands and log lines are small and must not wait for more.
     let _ = stream.set_nodelay(true);
     let service = TowerToHyperService::new(router);
@@ -192,12 +207,10 @@ async fn connection(stream: TcpStream, router: axum::Router, mut closing: watch:
         .max_buf_size(64 * 1024)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    // The guard that `wait_for` returns must not live across an await.
-    let closed = async { drop(closing.wait_for(|closing| *closing).await) };
     tokio::pin!(served);
     let outcome = tokio::select! {
         outcome = &mut served => outcome,
-        () = closed => {
+        () = reached(stage, Stage::Draining) => {
             served.as_mut().graceful_shutdown();
             served.await
         }

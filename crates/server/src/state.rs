@@ -6,6 +6,7 @@ use axum::extract::FromRef;
 use bytes::Bytes;
 use hypeman_engine::Engine;
 use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
 
 use crate::auth::Verifier;
 
@@ -22,8 +23,21 @@ pub struct AppState {
     pub spec: Arc<crate::openapi::Rendered>,
     /// The last unfiltered list of instances, see [`crate::handlers::instances`].
     pub list_cache: Arc<Mutex<Option<CachedList>>>,
-    /// Becomes true when the server goes down: endless answers end then.
-    pub closing: watch::Receiver<bool>,
+    /// How far the server is on its way down.
+    pub stage: watch::Receiver<Stage>,
+    /// Upgraded connections: the HTTP machinery no longer knows them, but they are drained too.
+    pub sessions: TaskTracker,
+}
+
+/// The stages of a server's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// It answers.
+    Serving,
+    /// It finishes what has an end; endless answers end now.
+    Draining,
+    /// Time is over: sessions are cut.
+    Cutting,
 }
 
 /// A serialised list.
@@ -38,12 +52,16 @@ pub struct CachedList {
 }
 
 impl AppState {
-    /// Returns when the server goes down.
-    pub async fn closed(&self) {
-        let mut closing = self.closing.clone();
-        // An error means that the sender is gone, which is the end as well.
-        let _ = closing.wait_for(|closing| *closing).await;
+    /// Returns when the server has reached `stage`.
+    pub async fn reached(&self, stage: Stage) {
+        reached(self.stage.clone(), stage).await;
     }
+}
+
+/// Returns when the server has reached `stage`.
+pub async fn reached(mut watched: watch::Receiver<Stage>, stage: Stage) {
+    // An error means that the sender is gone, which is the end as well.
+    drop(watched.wait_for(|current| *current >= stage).await);
 }
 
 impl FromRef<AppState> for Arc<Engine> {

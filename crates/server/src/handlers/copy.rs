@@ -20,7 +20,8 @@ use hypeman_guest_api::{ChannelError, CopyEntry, CopyFrom, CopyTo, EntryKind};
 
 use super::{path_text, resolve, socket};
 use crate::error::ApiResult;
-use crate::state::AppState;
+use crate::state::{AppState, Stage};
+use crate::strict;
 
 /// How long a client may stand still during an upload.
 const CLIENT_STALL: Duration = Duration::from_secs(120);
@@ -34,18 +35,22 @@ pub async fn copy(
     let id = resolve(&state.engine, &path_text(id)?)?;
     let guest = state.engine.guest(&id)?;
     let upgrade = socket::accept(upgrade)?;
-    Ok(upgrade.on_upgrade(move |socket| async move {
-        tokio::select! {
-            () = transfer(guest, socket) => {}
-            () = state.closed() => {}
-        }
+    let sessions = state.sessions.clone();
+    Ok(upgrade.on_upgrade(move |socket| {
+        sessions.track_future(async move {
+            tokio::select! {
+                () = transfer(guest, socket) => {}
+                () = state.reached(Stage::Cutting) => {}
+            }
+        })
     }))
 }
 
-async fn transfer(guest: GuestClient, mut socket: WebSocket) {
+/// One transfer.
+pub(crate) async fn transfer(guest: GuestClient, mut socket: WebSocket) {
     let request = match socket::first_text(&mut socket)
         .await
-        .map(|text| serde_json::from_str::<api::CopyRequest>(&text))
+        .map(|text| strict::from_slice::<api::CopyRequest>(text.as_bytes()))
     {
         Some(Ok(request)) => request,
         Some(Err(error)) => return refuse(socket, format!("invalid request: {error}")).await,

@@ -22,14 +22,16 @@ use bytes::Bytes;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt as _, StreamExt as _};
 use hypeman_api::exec as api;
-use hypeman_guest_api::host::{ExecInput, ExecOutput, ExecReader, ExecSession};
+use hypeman_guest_api::host::{ExecInput, ExecOutput, ExecReader, ExecSession, GuestClient};
 use hypeman_guest_api::{ChannelError, ExecRequest, RefusalCode};
+use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
 use super::{path_text, resolve, socket};
 use crate::auth::Identity;
 use crate::error::ApiResult;
-use crate::state::AppState;
+use crate::state::{AppState, Stage, reached};
+use crate::strict;
 
 /// Exit code when the command could not be run at all.
 const NOT_RUN: i32 = 127;
@@ -50,35 +52,45 @@ pub async fn exec(
     // Refused before the upgrade, so that clients see a status and not a closed socket.
     state.engine.guest(&id)?;
     let upgrade = socket::accept(upgrade)?;
-    Ok(upgrade.on_upgrade(move |socket| session(state, id, identity.subject, socket)))
+    let sessions = state.sessions.clone();
+    let stage = state.stage.clone();
+    let subject = identity.subject;
+    let instance = id.clone();
+    let guest = move || state.engine.guest(&id).map_err(|_| ChannelError::Closed);
+    Ok(upgrade
+        .on_upgrade(move |socket| sessions.track_future(session(guest, stage, instance, subject, socket))))
 }
 
-async fn session(state: AppState, id: String, subject: String, mut socket: WebSocket) {
+/// One session. `guest` is asked anew for each attempt to reach an agent that is still starting.
+pub(crate) async fn session(
+    guest: impl Fn() -> Result<GuestClient, ChannelError>,
+    stage: watch::Receiver<Stage>,
+    instance: String,
+    subject: String,
+    mut socket: WebSocket,
+) {
     let request = match socket::first_text(&mut socket)
         .await
-        .map(|text| serde_json::from_str::<api::ExecRequest>(&text))
+        .map(|text| strict::from_slice::<api::ExecRequest>(text.as_bytes()))
     {
         Some(Ok(request)) => request,
         Some(Err(error)) => return refuse(socket, format!("invalid request: {error}")).await,
         None => return refuse(socket, "the first frame must be a JSON text frame".to_owned()).await,
     };
     let command = request.command.clone();
-    tracing::info!(instance = %id, subject, ?command, tty = request.tty, "exec started");
+    tracing::info!(instance, subject, ?command, tty = request.tty, "exec started");
     let started = Instant::now();
-    let code = match start(&state, &id, request).await {
-        Ok(session) => run(&state, session, socket).await,
+    let code = match start(guest, request).await {
+        Ok(session) => run(stage, session, socket).await,
         Err(error) => {
-            let code = if error.refusal() == Some(RefusalCode::CommandNotExecutable) {
-                NOT_EXECUTABLE
-            } else {
-                NOT_RUN
-            };
+            let not_executable = error.refusal() == Some(RefusalCode::CommandNotExecutable);
+            let code = if not_executable { NOT_EXECUTABLE } else { NOT_RUN };
             fail(socket, &error, code).await;
             Some(code)
         }
     };
     let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    tracing::info!(instance = %id, subject, ?command, ?code, milliseconds, "exec ended");
+    tracing::info!(instance, subject, ?command, ?code, milliseconds, "exec ended");
 }
 
 async fn refuse(mut socket: WebSocket, error: String) {
@@ -94,7 +106,10 @@ async fn fail(mut socket: WebSocket, error: &ChannelError, code: i32) {
     socket::close(socket).await;
 }
 
-async fn start(state: &AppState, id: &str, request: api::ExecRequest) -> Result<ExecSession, ChannelError> {
+async fn start(
+    guest: impl Fn() -> Result<GuestClient, ChannelError>,
+    request: api::ExecRequest,
+) -> Result<ExecSession, ChannelError> {
     let wait = Duration::from_secs(request.wait_for_agent.unwrap_or(0).into()).min(LONGEST_AGENT_WAIT);
     let deadline = tokio::time::Instant::now() + wait;
     let request = ExecRequest {
@@ -113,9 +128,9 @@ async fn start(state: &AppState, id: &str, request: api::ExecRequest) -> Result<
             .map(|seconds| Duration::from_secs(seconds.into())),
     };
     loop {
-        let attempt = match state.engine.guest(id) {
+        let attempt = match guest() {
             Ok(guest) => guest.exec(request.clone()).await,
-            Err(_) => Err(ChannelError::Closed),
+            Err(error) => Err(error),
         };
         match attempt {
             Err(ChannelError::Closed | ChannelError::Deadline) if tokio::time::Instant::now() < deadline => {
@@ -127,7 +142,7 @@ async fn start(state: &AppState, id: &str, request: api::ExecRequest) -> Result<
 }
 
 /// Pumps until the command ends, the client goes or the server goes down. `None` when there is no exit code.
-async fn run(state: &AppState, session: ExecSession, socket: WebSocket) -> Option<i32> {
+async fn run(stage: watch::Receiver<Stage>, session: ExecSession, socket: WebSocket) -> Option<i32> {
     let (input, reader) = session.split();
     let (mut sink, stream) = socket.split();
     let client_gone = pump_input(input, stream);
@@ -140,13 +155,13 @@ async fn run(state: &AppState, session: ExecSession, socket: WebSocket) -> Optio
             biased;
             code = &mut output => (code, false),
             () = &mut client_gone => (None, true),
-            () = state.closed() => (None, false),
+            () = reached(stage, Stage::Cutting) => (None, false),
         }
     };
     if client_left {
         return None;
     }
-    let _ = tokio::time::timeout(socket::SEND_STALL, sink.send(Message::Close(None))).await;
+    let _ = tokio::time::timeout(socket::SEND_STALL, sink.send(socket::goodbye())).await;
     // The client's remaining frames are read, else the kernel resets the connection and loses ours.
     let _ = tokio::time::timeout(Duration::from_secs(5), client_gone).await;
     code

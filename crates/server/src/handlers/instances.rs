@@ -22,7 +22,7 @@ use super::{path_text, resolve};
 use crate::convert::{instance as convert, request};
 use crate::error::{ApiError, ApiResult};
 use crate::extract::{JsonBody, Params, TagFilter};
-use crate::state::{AppState, CachedList};
+use crate::state::{AppState, CachedList, Stage};
 
 /// How old the phase clocks of a list may be.
 const LIST_AGE: Duration = Duration::from_millis(100);
@@ -204,7 +204,7 @@ pub async fn wait(
     let target = convert::state_to_core(query.state);
     let outcome = tokio::select! {
         outcome = state.engine.wait_instance(&id, target, timeout.min(LONGEST_WAIT)) => outcome?,
-        () = state.closed() => return Err(hypeman_engine::EngineError::ShuttingDown.into()),
+        () = state.reached(Stage::Draining) => return Err(hypeman_engine::EngineError::ShuttingDown.into()),
     };
     Ok(Json(convert::wait_to_api(outcome)))
 }

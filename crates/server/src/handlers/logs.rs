@@ -12,7 +12,7 @@ use hypeman_engine::LogFollower;
 use super::{path_text, resolve};
 use crate::error::ApiResult;
 use crate::extract::Params;
-use crate::state::AppState;
+use crate::state::{AppState, Stage};
 
 /// Lines shown when `tail` is absent.
 const DEFAULT_TAIL: u32 = 100;
@@ -58,7 +58,7 @@ async fn next_event(
 ) -> Option<(Event, (LogFollower, AppState))> {
     let line = tokio::select! {
         line = follower.next() => line,
-        () = state.closed() => return None,
+        () = state.reached(Stage::Draining) => return None,
     };
     match line {
         Ok(None) => None,

@@ -78,14 +78,18 @@ where
     }
 }
 
+/// The frame that ends a session which went well.
+pub fn goodbye() -> Message {
+    Message::Close(Some(CloseFrame {
+        code: close_code::NORMAL,
+        reason: "".into(),
+    }))
+}
+
 /// Closes in order: says so, then waits shortly for the client's answer, so that no last frame is lost to a
 /// connection that is reset.
 pub async fn close(mut socket: WebSocket) {
-    let frame = CloseFrame {
-        code: close_code::NORMAL,
-        reason: "".into(),
-    };
-    if !send(&mut socket, Message::Close(Some(frame))).await {
+    if !send(&mut socket, goodbye()).await {
         return;
     }
     let drain = async { while let Some(Ok(_)) = socket.next().await {} };

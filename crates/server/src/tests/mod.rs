@@ -4,4 +4,5 @@ mod authorization;
 mod document;
 mod envelopes;
 mod registry;
+mod streams;
 mod support;

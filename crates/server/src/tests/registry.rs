@@ -499,6 +499,7 @@ async fn skopeo_pushes_and_pulls() {
     for arguments in [
         vec![
             "copy",
+            "--preserve-digests",
             "--dest-tls-verify=false",
             "--dest-creds",
             &credentials,
@@ -507,6 +508,7 @@ async fn skopeo_pushes_and_pulls() {
         ],
         vec![
             "copy",
+            "--preserve-digests",
             "--src-tls-verify=false",
             "--src-creds",
             &credentials,
