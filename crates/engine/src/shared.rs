@@ -8,7 +8,7 @@ use hypeman_kernel::{BootArtifacts, Kernels};
 use hypeman_network::{Address, Network, NetworkError};
 use hypeman_store::Store;
 use hypeman_vmm::{Vmm, VmmKind, Vmms};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -34,6 +34,9 @@ pub(crate) struct Shared {
     known_artifacts: Mutex<HashMap<String, BootArtifacts>>,
     network: OnceCell<Network>,
     addresses: Mutex<BTreeSet<Ipv4Addr>>,
+    /// VMMs that may start at the same time: more would only take the processors from each other, and all of
+    /// them would be late.
+    pub(crate) launches: Semaphore,
     _lock: DirectoryLock,
 }
 
@@ -73,6 +76,7 @@ impl Shared {
             known_artifacts: Mutex::default(),
             network: OnceCell::new(),
             addresses: Mutex::default(),
+            launches: Semaphore::new(concurrent_launches()),
             _lock: lock,
         }))
     }
@@ -159,4 +163,9 @@ impl Shared {
         self.images.release(&record.image_digest);
         self.images.collect_unused(&record.image_digest).await;
     }
+}
+
+/// Starting a VMM takes one processor for some ten milliseconds; a little more than one each keeps all busy.
+fn concurrent_launches() -> usize {
+    2 + std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
