@@ -26,7 +26,8 @@ pub type ApiResult<T> = Result<T, ApiError>;
 #[derive(Debug, Clone)]
 pub struct ApiError {
     status: StatusCode,
-    body: ErrorBody,
+    // Boxed: results carry it through every layer, and success must stay small.
+    body: Box<ErrorBody>,
     retry: Retry,
 }
 
@@ -52,7 +53,7 @@ impl ApiError {
         };
         Self {
             status,
-            body: ErrorBody::new(code, message),
+            body: Box::new(ErrorBody::new(code, message)),
             retry,
         }
     }
@@ -128,7 +129,7 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, axum::Json(self.body)).into_response();
+        let mut response = (self.status, axum::Json(*self.body)).into_response();
         match self.retry {
             Retry::Default => {}
             Retry::Never => {
@@ -168,6 +169,9 @@ impl From<InvalidValue> for ApiError {
 impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let message = error.to_string();
+        if error.is_out_of_space() {
+            return Self::new(StatusCode::CONFLICT, code::INSUFFICIENT_RESOURCES, message).retryable();
+        }
         match error {
             EngineError::NotFound { .. } => Self::new(StatusCode::NOT_FOUND, code::NOT_FOUND, message),
             EngineError::Ambiguous { .. } => Self::new(
@@ -215,9 +219,6 @@ fn from_image(error: &ImageError) -> ApiError {
         // The fault is another server's: not our 5xx, and repeating was tried already.
         ImageError::Network { .. } | ImageError::UnsafeServer { .. } => {
             ApiError::new(StatusCode::FAILED_DEPENDENCY, error.code(), message)
-        }
-        ImageError::NoSpace(_) => {
-            ApiError::new(StatusCode::CONFLICT, code::INSUFFICIENT_RESOURCES, message).retryable()
         }
         ImageError::Busy(_) | ImageError::Cancelled => {
             ApiError::new(StatusCode::CONFLICT, code::CONFLICT, message).retryable()
