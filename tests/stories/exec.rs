@@ -70,8 +70,12 @@ async fn a_terminal_has_a_size_that_follows_its_window() {
     session.read_until("44 122").await;
     session.read_until("/dev/pts/").await;
     // Control-C reaches the foreground program, not the shell.
-    session.input(b"sleep 1000\n").await;
+    session
+        .input(b"sh -c 'trap \"echo program; exit\" INT; echo begun; while :; do sleep 1; done'\n")
+        .await;
+    session.read_until("begun\r\n").await;
     session.input(&[3]).await;
+    session.read_until("program\r\n").await;
     session.input(b"echo still here\n").await;
     session.read_until("still here\r\n").await;
     session.input(b"exit 9\n").await;
