@@ -67,7 +67,7 @@ def images():
 
 
 def wait(instance_id, state):
-    answer = client.instances.wait(instance_id, state=state, timeout="4m")
+    answer = client.instances.wait(instance_id, state=state, api_timeout="4m")
     assert answer.state == state and not answer.timed_out, answer
 
 
@@ -100,7 +100,7 @@ def lifecycle():
     assert client.instances.stat(instance.id, path="/bin/sh", follow_links=True).is_file
     assert not client.instances.stat(instance.id, path="/absent").exists
     assert [a.instance_id for a in client.resources.get().allocations] == [instance.id]
-    early = client.instances.wait(instance.id, state="Stopped", timeout="100ms")
+    early = client.instances.wait(instance.id, state="Stopped", api_timeout="100ms")
     assert early.timed_out and early.state == "Running"
 
 

@@ -44,6 +44,12 @@ async function ready(name) {
   }
 }
 
+async function settled(condition) {
+  for (let tries = 0; tries < 600 && !condition(); tries += 1) {
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+}
+
 const steps = {
   async service() {
     assert.equal((await client.health.check()).status, 'ok');
@@ -113,6 +119,8 @@ const steps = {
     const out = path.join(scratch, 'out');
     await cpFromInstance(copyConfig, { instanceId: 'typescript', srcPath: '/copied', dstPath: out });
     const found = fs.readdirSync(out, { recursive: true }).find((name) => name.endsWith('sub/noise'));
+    // The SDK resolves at the last entry, when files before it may still be on their way to the disk.
+    await settled(() => fs.statSync(path.join(out, found)).size === noise.length);
     assert.ok(noise.equals(fs.readFileSync(path.join(out, found))));
     await assert.rejects(() =>
       cpFromInstance(copyConfig, { instanceId: 'typescript', srcPath: '/absent', dstPath: out }),
