@@ -24,6 +24,7 @@ mod exec;
 mod guest;
 mod host;
 mod image;
+mod interrupt;
 mod processes;
 mod server;
 mod sse;

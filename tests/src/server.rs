@@ -9,7 +9,9 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{Client, CommandLine, Guest, Image, ImageBuilder, VmmProcess, encode, eventually, mint, vmms_of};
+use crate::{
+    Client, CommandLine, Guest, Image, ImageBuilder, VmmProcess, encode, eventually, interrupt, mint, vmms_of,
+};
 
 const SECRET: &str = "a-secret-of-the-stories-0123456789abcdef";
 
@@ -357,6 +359,7 @@ async fn launch(options: &ServerOptions, directory: &Path, data: &Path, port: u1
         let text = std::fs::read(&path).expect("log");
         let text = String::from_utf8_lossy(text.get(earlier..).unwrap_or_default()).into_owned();
         if let Some(port) = announced_port(&text) {
+            interrupt::started(child.id(), data, directory);
             return (child, port);
         }
         if let Some(status) = child.try_wait().expect("wait") {
@@ -382,13 +385,17 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        interrupt::ended(self.directory.path());
         for vmm in self.vmms() {
             vmm.signal(Signal::KILL);
         }
         if std::thread::panicking() {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
-            let last = &lines[lines.len().saturating_sub(80)..];
+            let (earlier, last) = lines.split_at(lines.len().saturating_sub(80));
+            for line in earlier.iter().filter(|line| line.contains(" ERROR ")) {
+                eprintln!("{line}");
+            }
             eprintln!("--- end of the server's log ---\n{}\n---", last.join("\n"));
         }
     }
