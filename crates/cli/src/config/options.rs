@@ -116,8 +116,17 @@ pub(crate) fn kernel(values: &Values) -> Result<KernelOptions, CliError> {
     }
     Ok(KernelOptions {
         kernel,
-        ..KernelOptions::default()
+        search: fetched_kernel().into_iter().collect(),
     })
+}
+
+/// Where `kernel/fetch` unpacks the distribution's kernel unless told otherwise.
+fn fetched_kernel() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))?;
+    Some(cache.join("hypeman/kernel"))
 }
 
 /// The network of the guests.
