@@ -31,6 +31,8 @@ use crate::{EngineError, faults};
 
 /// How long a guest that reported the end of its program may take to power off.
 const POWER_OFF_GRACE: Duration = Duration::from_secs(10);
+/// How long a VMM may outlive the connection to its guest's agent before the agent alone counts as lost.
+const VMM_END_GRACE: Duration = Duration::from_millis(400);
 /// How often a hung VMM is noticed.
 const VMM_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const VMM_CHECK_DEADLINE: Duration = Duration::from_millis(800);
@@ -302,6 +304,16 @@ impl Driver {
             }
             LinkEvent::Lost(reason) => {
                 self.slot.live.set_client(None);
+                // A VMM that ends takes its sockets along just before the process is seen to be gone.
+                let machine = self.run.as_ref().map(|run| Arc::clone(&run.machine));
+                if let Some(machine) = machine
+                    && tokio::time::timeout(VMM_END_GRACE, machine.exited())
+                        .await
+                        .is_ok()
+                {
+                    self.finish_run(None).await;
+                    return;
+                }
                 // A guest that powers off takes its agent down first.
                 if self.lifecycle != Lifecycle::ShuttingDown {
                     self.log.line(&format!("agent lost: {reason}"));
