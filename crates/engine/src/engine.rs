@@ -99,7 +99,8 @@ impl Engine {
     /// # Errors
     /// The reference is bad, or the registry does not know it.
     pub async fn create_image(&self, request: CreateImage) -> Result<Image, EngineError> {
-        self.shared.images.create(request).await
+        let images = Arc::clone(&self.shared.images);
+        self.detached(async move { images.create(request).await }).await
     }
 
     /// All images with these tags, by name.
@@ -120,7 +121,8 @@ impl Engine {
     /// # Errors
     /// Not a reference, or not here.
     pub async fn delete_image(&self, name: &str) -> Result<(), EngineError> {
-        self.shared.images.delete(name).await
+        let (images, name) = (Arc::clone(&self.shared.images), name.to_owned());
+        self.detached(async move { images.delete(&name).await }).await
     }
 
     /// Gives an image that is ready another name.
@@ -128,7 +130,10 @@ impl Engine {
     /// # Errors
     /// Not here, not ready, or the target is no reference with a tag.
     pub async fn tag_image(&self, name: &str, target: &str) -> Result<Image, EngineError> {
-        self.shared.images.tag(name, target).await
+        let images = Arc::clone(&self.shared.images);
+        let (name, target) = (name.to_owned(), target.to_owned());
+        self.detached(async move { images.tag(&name, &target).await })
+            .await
     }
 
     /// The blobs behind images and registry.
@@ -161,10 +166,15 @@ impl Engine {
         media_type: &str,
         bytes: Bytes,
     ) -> Result<Digest, EngineError> {
-        self.shared
-            .images
-            .put_manifest(host, repository, reference, media_type, bytes)
-            .await
+        let images = Arc::clone(&self.shared.images);
+        let [host, repository, reference, media_type] =
+            [host, repository, reference, media_type].map(str::to_owned);
+        self.detached(async move {
+            images
+                .put_manifest(&host, &repository, &reference, &media_type, bytes)
+                .await
+        })
+        .await
     }
 
     /// Removes a tag, or a manifest with all its tags. `false` when there was none.
@@ -218,14 +228,9 @@ impl Engine {
     /// # Errors
     /// The request, the image or the host does not allow it. Nothing is left behind.
     pub async fn create_instance(&self, request: CreateInstance) -> Result<Arc<Instance>, EngineError> {
-        // Detached: a client that goes away must not leave a creation half done.
         let shared = Arc::clone(&self.shared);
-        let work = self
-            .shared
-            .tasks
-            .spawn(async move { instances::create(&shared, request).await });
-        work.await
-            .map_err(|error| EngineError::io("create", error.into()))?
+        self.detached(async move { instances::create(&shared, request).await })
+            .await
     }
 
     /// Boots a stopped instance.
@@ -367,6 +372,16 @@ impl Engine {
         let slot = self.shared.table.get(id)?;
         let path = self.shared.layout.logs(&slot.id).join(source.file_name());
         LogFollower::open(&path, self.shared.options.logs.max_files, tail, follow).await
+    }
+
+    /// Carries work out to its end, also when the caller is dropped: a client that goes away must not leave
+    /// anything half done.
+    async fn detached<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, EngineError>> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let done = self.shared.tasks.spawn(work).await;
+        done.map_err(|error| EngineError::io("carry out the request", error.into()))?
     }
 
     async fn ask<T>(

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hypeman_images::{
     BlobStore, BlobStoreOptions, ClientOptions, Credentials, ImageError, Platform, Reference, RegistryClient,
+    RetryPolicy,
 };
 use hypeman_store::Store;
 use jiff::Timestamp;
@@ -26,6 +27,7 @@ pub(crate) struct Catalog {
     pub(super) layout: Layout,
     pub(super) blobs: BlobStore,
     pub(super) client: RegistryClient,
+    resolver: RegistryClient,
     pub(super) options: ImageOptions,
     pub(super) limits: Limits,
     pub(super) tasks: TaskTracker,
@@ -33,6 +35,9 @@ pub(crate) struct Catalog {
     pub(super) pulls: Semaphore,
     pub(super) conversions: Semaphore,
     pub(super) state: Mutex<State>,
+    /// Held by whoever changes what exists, from the look at it until store, memory and files agree again. Queries
+    /// and transfers do without.
+    changes: tokio::sync::Mutex<()>,
     /// Fires whenever any image changes.
     pub(super) changed: Notify,
 }
@@ -54,6 +59,17 @@ pub(super) struct State {
     pub(super) in_use: HashMap<String, usize>,
 }
 
+/// Proof that nobody else changes what exists.
+pub(super) type Changes<'a> = tokio::sync::MutexGuard<'a, ()>;
+
+/// A manifest that the registry records along with the image made of it.
+#[derive(Debug, Clone)]
+pub(super) struct Pushed {
+    pub(super) repository: String,
+    pub(super) manifest: hypeman_store::registry::Manifest,
+    pub(super) tag: Option<String>,
+}
+
 /// A content being made.
 #[derive(Debug)]
 pub(super) struct Job {
@@ -73,10 +89,20 @@ impl Catalog {
         closing: CancellationToken,
     ) -> Result<Arc<Self>, EngineError> {
         let blobs = BlobStore::open(layout.blobs(), BlobStoreOptions::default()).await?;
-        let client = RegistryClient::new(ClientOptions {
+        let client_options = ClientOptions {
             insecure: options.insecure_registries.clone(),
             docker_config: options.docker_config.clone(),
             ..ClientOptions::default()
+        };
+        let client = RegistryClient::new(client_options.clone())?;
+        // Somebody waits for the answer: a registry that does not exist is told soon.
+        let retry = RetryPolicy {
+            attempts: 2,
+            ..RetryPolicy::default()
+        };
+        let resolver = RegistryClient::new(ClientOptions {
+            retry,
+            ..client_options
         })?;
         let contents: Vec<Content> = store.read(hypeman_store::images::contents)?;
         let references: Vec<(String, String, ReferenceRecord)> =
@@ -97,6 +123,7 @@ impl Catalog {
             layout,
             blobs,
             client,
+            resolver,
             pulls: Semaphore::new(CONCURRENT_PULLS),
             conversions: Semaphore::new(limits.max_concurrent_builds.max(1)),
             options,
@@ -104,6 +131,7 @@ impl Catalog {
             tasks,
             closing,
             state: Mutex::new(state),
+            changes: tokio::sync::Mutex::default(),
             changed: Notify::new(),
         }))
     }
@@ -116,6 +144,10 @@ impl Catalog {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) async fn changes(&self) -> Changes<'_> {
+        self.changes.lock().await
+    }
+
     /// Asks for an image. The digest is known when this returns, so a bad reference fails here.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateImage) -> Result<Image, EngineError> {
         let reference = Reference::parse(&request.name)?;
@@ -126,13 +158,24 @@ impl Catalog {
         let name = reference.to_string();
         // What was pushed here has no upstream to ask.
         if let Some(image) = self.pushed(&name) {
-            return Ok(image);
+            return if runs_on(&image, &platform) {
+                Ok(image)
+            } else {
+                Err(ImageError::PlatformNotAvailable {
+                    wanted: platform.to_string(),
+                    available: vec![image.platform],
+                }
+                .into())
+            };
         }
-        let resolved = match self
-            .client
-            .resolve(&reference, &platform, request.credentials.as_ref())
-            .await
-        {
+        let resolving = self
+            .resolver
+            .resolve(&reference, &platform, request.credentials.as_ref());
+        let resolved = tokio::select! {
+            resolved = resolving => resolved,
+            () = self.closing.cancelled() => return Err(EngineError::ShuttingDown),
+        };
+        let resolved = match resolved {
             Ok(resolved) => resolved,
             Err(error @ ImageError::Network { .. }) => {
                 return self.ready(&name).ok_or_else(|| error.into());
@@ -159,17 +202,21 @@ impl Catalog {
             upstream: Some(reference.with_digest(resolved.digest).to_string()),
             blobs,
         };
+        let changes = self.changes().await;
         self.blobs.put_bytes(resolved.manifest.raw.clone()).await?;
-        self.adopt(name, content, request.tags, request.credentials).await
+        self.adopt(&changes, name, content, request.tags, request.credentials, None)
+            .await
     }
 
     /// Makes `name` point to `content` and sees to it that the content gets made.
     pub(super) async fn adopt(
         self: &Arc<Self>,
+        changes: &Changes<'_>,
         name: String,
         content: Content,
         tags: BTreeMap<String, String>,
         credentials: Option<Credentials>,
+        pushed: Option<Pushed>,
     ) -> Result<Image, EngineError> {
         let digest = content.digest.clone();
         let (content, fresh, previous) = {
@@ -203,7 +250,16 @@ impl Catalog {
                 if fresh {
                     hypeman_store::images::put_content(connection, &stored.digest, &stored)?;
                 }
-                hypeman_store::images::put_reference(connection, &stored_name, &stored.digest, &stored_record)
+                hypeman_store::images::put_reference(
+                    connection,
+                    &stored_name,
+                    &stored.digest,
+                    &stored_record,
+                )?;
+                match pushed {
+                    Some(pushed) => pushed.record(connection),
+                    None => Ok(()),
+                }
             })
             .await?;
         faults::point("image.recorded");
@@ -221,7 +277,7 @@ impl Catalog {
         if let Some((old, _)) = previous
             && old != digest
         {
-            self.collect_unused(&old).await;
+            self.collect(changes, &old).await;
         }
         self.get(&name)
     }
@@ -300,7 +356,6 @@ impl Catalog {
 
     /// Makes `target` another name of an image that is ready.
     pub(crate) async fn tag(self: &Arc<Self>, name: &str, target: &str) -> Result<Image, EngineError> {
-        let image = self.get(name)?;
         let target = Reference::parse(target)?;
         if target.tag().is_none() || target.digest().is_some() {
             return Err(EngineError::invalid(
@@ -308,6 +363,8 @@ impl Catalog {
                 "the target must be a reference with a tag, not a digest",
             ));
         }
+        let changes = self.changes().await;
+        let image = self.get(name)?;
         if image.status != ImageStatus::Ready {
             return Err(EngineError::ImageNotReady(format!(
                 "image {} is not ready",
@@ -320,11 +377,13 @@ impl Catalog {
             .get(&image.digest)
             .cloned()
             .ok_or_else(|| not_found(name))?;
-        self.adopt(target.to_string(), content, image.tags, None).await
+        self.adopt(&changes, target.to_string(), content, image.tags, None, None)
+            .await
     }
 
     /// Removes a reference, and the content with its last one.
     pub(crate) async fn delete(self: &Arc<Self>, name: &str) -> Result<(), EngineError> {
+        let changes = self.changes().await;
         let image = self.get(name)?;
         let canonical = image.name.clone();
         let names: Vec<String> = {
@@ -371,7 +430,7 @@ impl Catalog {
             }
         }
         self.changed.notify_waiters();
-        self.collect_unused(&image.digest).await;
+        self.collect(&changes, &image.digest).await;
         Ok(())
     }
 }
@@ -408,6 +467,14 @@ impl State {
             created_at: record.created_at,
         })
     }
+}
+
+/// Whether the image's programs are made for the processor of `platform`.
+fn runs_on(image: &Image, platform: &Platform) -> bool {
+    Platform::parse(&image.platform).is_ok_and(|offered| {
+        let (wanted, offered) = (platform.normalized(), offered.normalized());
+        (wanted.os, wanted.architecture) == (offered.os, offered.architecture)
+    })
 }
 
 pub(super) fn not_found(name: &str) -> EngineError {

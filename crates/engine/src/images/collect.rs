@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use hypeman_images::manifest::Document;
-use hypeman_images::{BlobStore, Digest};
+use hypeman_images::{BlobStore, Digest, ImageError};
 
-use super::catalog::Catalog;
+use super::catalog::{Catalog, Changes};
 use crate::EngineError;
 use crate::durable;
 use crate::layout::Layout;
@@ -17,13 +17,20 @@ const MIN_BLOB_AGE: Duration = Duration::from_secs(3600);
 impl Catalog {
     /// Removes a content when neither a reference nor an instance needs it.
     pub(crate) async fn collect_unused(&self, digest: &str) {
+        let changes = self.changes().await;
+        self.collect(&changes, digest).await;
+    }
+
+    /// As [`Catalog::collect_unused`], for whoever changes something already.
+    pub(super) async fn collect(&self, _: &Changes<'_>, digest: &str) {
         let content = {
             let mut state = self.state();
             let referenced = state.references.values().any(|(other, _)| other == digest);
             if referenced || state.in_use.contains_key(digest) {
                 return;
             }
-            if let Some(job) = state.jobs.get(digest) {
+            // Who asks for the digest again gets a job of its own.
+            if let Some(job) = state.jobs.remove(digest) {
                 job.cancel.cancel();
             }
             state.contents.remove(digest)
@@ -55,21 +62,42 @@ impl Catalog {
         Ok(())
     }
 
-    /// Blobs that a content or a repository of the registry refers to.
-    async fn needed_blobs(&self) -> Result<HashSet<String>, EngineError> {
+    /// Blobs that a content or a repository of the registry refers to, directly or through an index.
+    ///
+    /// # Errors
+    /// A document could not be read: what it refers to must not be taken for unneeded.
+    pub(super) async fn needed_blobs(&self) -> Result<HashSet<String>, EngineError> {
         let mut needed: HashSet<String> = self
             .state()
             .contents
             .values()
             .flat_map(|content| content.blobs.iter().cloned())
             .collect();
+        let mut documents = Vec::new();
         for manifest in self.store.read(hypeman_store::registry::all_digests)? {
-            let digest = Digest::parse(&manifest)?;
-            needed.insert(manifest);
-            if let Ok(raw) = self.blobs.read_document(&digest).await
-                && let Ok(document) = Document::parse(raw, None)
-            {
-                needed.extend(document.references().iter().map(|blob| blob.digest.to_string()));
+            documents.push(Digest::parse(&manifest)?);
+        }
+        let mut seen = HashSet::new();
+        while let Some(digest) = documents.pop() {
+            needed.insert(digest.to_string());
+            if !seen.insert(digest.to_string()) {
+                continue;
+            }
+            let raw = match self.blobs.read_document(&digest).await {
+                Ok(raw) => raw,
+                Err(
+                    ImageError::NotFound(_) | ImageError::DigestMismatch { .. } | ImageError::TooLarge { .. },
+                ) => {
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let Ok(document) = Document::parse(raw, None) else {
+                continue;
+            };
+            needed.extend(document.references().iter().map(|blob| blob.digest.to_string()));
+            if let Document::Index(index) = &document {
+                documents.extend(index.manifests.iter().map(|entry| entry.digest));
             }
         }
         Ok(needed)
@@ -78,6 +106,7 @@ impl Catalog {
     /// The periodic collection: uploads that nobody goes on with, blobs that nobody needs.
     pub(crate) async fn collect_blobs(&self) -> Result<(), EngineError> {
         self.blobs.sweep().await?;
+        let _changes = self.changes().await;
         let needed = self.needed_blobs().await?;
         let old = |blob: &hypeman_images::blobs::BlobInfo| {
             blob.modified.elapsed().is_ok_and(|age| age >= MIN_BLOB_AGE)

@@ -113,6 +113,7 @@ impl Catalog {
 
     async fn run_job(self: Arc<Self>, digest: &str, job: Arc<Job>) {
         let Some(content) = self.state().contents.get(digest).cloned() else {
+            // Deleted before the job began, and the job forgotten with it.
             return;
         };
         let outcome = self.make(content.clone(), &job).await;
@@ -131,14 +132,18 @@ impl Catalog {
                 }
             }
         };
-        let wanted = {
+        let _changes = self.changes().await;
+        let (wanted, known) = {
             let mut state = self.state();
-            state.jobs.remove(digest);
-            let wanted = state.contents.contains_key(digest);
+            let known = state.contents.contains_key(digest);
+            // Deleted and asked for again meanwhile: then the content belongs to another job.
+            let mine = |other: &Arc<Job>| other.number == job.number;
+            let wanted = known && state.jobs.get(digest).is_some_and(mine);
             if wanted {
+                state.jobs.remove(digest);
                 state.contents.insert(digest.to_owned(), finished.clone());
             }
-            wanted
+            (wanted, known)
         };
         if wanted {
             let stored = finished;
@@ -153,7 +158,7 @@ impl Catalog {
                 tracing::warn!(%digest, %error, "state of the image not saved");
             }
             faults::point("image.ready");
-        } else {
+        } else if !known {
             // Deleted while it was being made.
             let _ = durable::remove_tree(&self.layout.image(digest));
         }

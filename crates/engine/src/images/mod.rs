@@ -17,6 +17,8 @@ mod job;
 mod model;
 mod registry;
 mod supply;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use catalog::Catalog;
 pub(crate) use model::RuntimeConfig;

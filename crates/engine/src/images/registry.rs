@@ -8,7 +8,7 @@ use hypeman_images::manifest::{Document, choose};
 use hypeman_images::{Digest, ImageConfig, ImageError, Manifest, Platform, Reference};
 use hypeman_store::{Connection, StoreError, registry};
 
-use super::catalog::Catalog;
+use super::catalog::{Catalog, Pushed};
 use super::model::{Content, ImageStatus, RuntimeConfig};
 use crate::{EngineError, faults};
 
@@ -84,25 +84,39 @@ impl Catalog {
         } else {
             Some(reference.to_owned())
         };
-        self.check_complete(&document).await?;
-        self.blobs.put_bytes(bytes).await?;
-        faults::point("push.manifest.stored");
         let row = registry::Manifest {
             digest: digest.to_string(),
             media_type: document.media_type().to_owned(),
             size,
         };
-        let (stored_repository, stored_tag) = (repository.to_owned(), tag.clone());
-        self.store
-            .write(move |connection| {
-                registry::put(connection, &stored_repository, &row, stored_tag.as_deref())
-            })
-            .await?;
-        faults::point("push.manifest.recorded");
-        if !repository.starts_with(CACHE_PREFIX) {
-            self.import(host, repository, reference, document, tag.is_some())
-                .await?;
+        let pushed = Pushed {
+            repository: repository.to_owned(),
+            manifest: row,
+            tag: tag.clone(),
+        };
+        let changes = self.changes().await;
+        self.check_complete(&document).await?;
+        self.blobs.put_bytes(bytes).await?;
+        faults::point("push.manifest.stored");
+        let image = if repository.starts_with(CACHE_PREFIX) {
+            None
+        } else {
+            self.runnable(document, tag.is_some()).await?
+        };
+        // Manifest and image appear together or not at all.
+        match image {
+            Some(content) => {
+                let name = Reference::from_parts(host, repository, reference)?.to_string();
+                self.adopt(&changes, name, content, BTreeMap::new(), None, Some(pushed))
+                    .await?;
+            }
+            None => {
+                self.store
+                    .write(move |connection| pushed.record(connection))
+                    .await?;
+            }
         }
+        faults::point("push.manifest.recorded");
         Ok(digest)
     }
 
@@ -127,7 +141,7 @@ impl Catalog {
 
     async fn check_complete(&self, document: &Document) -> Result<(), EngineError> {
         for blob in document.references() {
-            match self.blobs.size(&blob.digest).await? {
+            match self.blobs.touch(&blob.digest).await? {
                 Some(size) if size == blob.size => {}
                 Some(_) => {
                     let message = format!("{} has another size than the manifest says", blob.digest);
@@ -142,52 +156,47 @@ impl Catalog {
         Ok(())
     }
 
-    /// Makes an image of what was pushed, if it is one that a guest here can run.
-    async fn import(
-        self: &Arc<Self>,
-        host: &str,
-        repository: &str,
-        reference: &str,
-        document: Document,
-        tagged: bool,
-    ) -> Result<(), EngineError> {
+    /// The content that was pushed, if it is one that a guest here can run.
+    async fn runnable(&self, document: Document, tagged: bool) -> Result<Option<Content>, EngineError> {
         let manifest = match document {
             Document::Manifest(manifest) => manifest,
             Document::Index(index) => {
                 let Ok(entry) = choose(&index, &Platform::host()) else {
-                    return Ok(());
+                    return Ok(None);
                 };
                 match Manifest::parse(self.blobs.read_document(&entry.digest).await?, None) {
                     Ok(manifest) => manifest,
-                    Err(_) => return Ok(()),
+                    Err(_) => return Ok(None),
                 }
             }
         };
         if manifest.check_runnable().is_err() {
-            return Ok(());
+            return Ok(None);
         }
         let config = ImageConfig::parse(self.blobs.read_document(&manifest.config.digest).await?)?;
-        let platform = config.platform.clone();
         // Members of an index are pushed by digest first; those of other platforms are of no use here.
         if !tagged && config.check_platform(&Platform::host()).is_err() {
-            return Ok(());
+            return Ok(None);
         }
-        let name = Reference::from_parts(host, repository, reference)?.to_string();
         let digest = manifest.digest.to_string();
         let mut blobs = vec![digest.clone(), manifest.config.digest.to_string()];
         blobs.extend(manifest.layers.iter().map(|layer| layer.digest.to_string()));
-        let content = Content {
+        Ok(Some(Content {
             digest,
-            platform: platform.to_string(),
+            platform: config.platform.to_string(),
             status: ImageStatus::Pending,
             error: None,
             size_bytes: None,
             config: RuntimeConfig::from(&config),
             upstream: None,
             blobs,
-        };
-        self.adopt(name, content, BTreeMap::new(), None).await?;
-        Ok(())
+        }))
+    }
+}
+
+impl Pushed {
+    pub(super) fn record(&self, connection: &Connection) -> Result<(), StoreError> {
+        registry::put(connection, &self.repository, &self.manifest, self.tag.as_deref())
     }
 }
 

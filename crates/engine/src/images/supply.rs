@@ -57,7 +57,10 @@ impl Catalog {
                             now.name
                         )));
                     }
-                    _ => changed.await,
+                    _ => tokio::select! {
+                        () = changed => {}
+                        () = self.closing.cancelled() => return Err(EngineError::ShuttingDown),
+                    },
                 }
             }
         };

@@ -266,7 +266,7 @@ pub(crate) fn rotated(path: &Path, number: u32) -> PathBuf {
 /// Whether nothing can follow: the watched directory is gone, or the watch itself.
 fn is_end(event: Option<&io::Result<inotify::EventOwned>>) -> bool {
     match event {
-        Some(Ok(event)) => event.mask.intersects(EventMask::DELETE_SELF | EventMask::IGNORED),
+        Some(Ok(event)) => event.mask.intersects(EventMask::DELETE | EventMask::IGNORED),
         Some(Err(_)) | None => true,
     }
 }
@@ -288,12 +288,15 @@ fn watch(path: &Path) -> io::Result<EventStream<[u8; 1024]>> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     inotify.watches().add(
         directory,
-        WatchMask::MODIFY
-            | WatchMask::CREATE
-            | WatchMask::MOVED_TO
-            | WatchMask::DELETE_SELF
-            | WatchMask::ONLYDIR,
+        WatchMask::MODIFY | WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR,
     )?;
+    // A directory tells of its own end only when nobody has a file of it open any more, and a follower has one. Its
+    // parent tells at once; other things are deleted there only with the whole instance.
+    if let Some(parent) = directory.parent() {
+        inotify
+            .watches()
+            .add(parent, WatchMask::DELETE | WatchMask::ONLYDIR)?;
+    }
     inotify.into_event_stream([0; 1024])
 }
 
@@ -364,8 +367,8 @@ mod tests {
     #[tokio::test]
     async fn following_ends_when_the_instance_is_removed() {
         let directory = tempfile::tempdir().unwrap();
-        let logs = directory.path().join("logs");
-        std::fs::create_dir(&logs).unwrap();
+        let logs = directory.path().join("instance/logs");
+        std::fs::create_dir_all(&logs).unwrap();
         let path = logs.join("app.log");
         let early = LogFollower::open(&logs.join("none/app.log"), 1, 10, true).await;
         assert!(matches!(early, Err(EngineError::LogNotFound)));
@@ -409,13 +412,13 @@ mod tests {
             tokio::task::spawn_blocking(move || {
                 for number in 0..3_000 {
                     if number % 500 == 499 {
+                        // One rotated file is kept: the reader must have opened the one that goes now.
+                        let oldest_kept = number - 999;
+                        while oldest_kept > 0 && reached.recv().unwrap() < oldest_kept {}
                         std::fs::rename(&path, rotated(&path, 1)).unwrap();
                         // The old file still gets a line after its rename, as a VMM's would.
                         writeln!(writer, "{number}").unwrap();
                         writer = std::fs::File::create(&path).unwrap();
-                        // One file is kept, so the reader may lag behind by one.
-                        let slowest = number - 999;
-                        while slowest > 0 && reached.recv().unwrap() < slowest {}
                     } else {
                         writeln!(writer, "{number}").unwrap();
                     }

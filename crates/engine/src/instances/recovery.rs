@@ -64,15 +64,13 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
         });
     }
     while let Some(done) = work.join_next().await {
-        match done.map_err(|error| EngineError::io("recovery", error.into()))? {
-            Some((driver, requests)) => {
-                shared.table.insert(Arc::clone(&driver.slot))?;
-                if driver.run.is_some() {
-                    adopted.push(driver.slot.published.clone());
-                }
-                driver.spawn(requests);
+        let recovered = done.map_err(|error| EngineError::io("recovery", error.into()))?;
+        if let Some((driver, requests)) = recovered {
+            shared.table.insert(Arc::clone(&driver.slot))?;
+            if driver.run.is_some() {
+                adopted.push(driver.slot.published.clone());
             }
-            None => {}
+            driver.spawn(requests);
         }
     }
     if networked && let Ok(network) = shared.network().await {

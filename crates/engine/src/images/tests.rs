@@ -1,0 +1,148 @@
+//! Images that come and go at the same time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hypeman_images::{Digest, Platform};
+use hypeman_store::Store;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{Catalog, ImageStatus};
+use crate::layout::Layout;
+use crate::{EngineError, ImageOptions, Limits};
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const NAME: &str = "localhost:1/app:latest";
+
+async fn catalog(directory: &tempfile::TempDir) -> Arc<Catalog> {
+    let layout = Layout::create(directory.path()).unwrap();
+    let options = ImageOptions {
+        compress: false,
+        insecure_registries: Vec::new(),
+        docker_config: Some(directory.path().join("none.json")),
+    };
+    let (tasks, closing) = (TaskTracker::new(), CancellationToken::new());
+    let store = Store::open(&layout.database()).unwrap();
+    Catalog::open(store, layout, options, Limits::default(), tasks, closing)
+        .await
+        .unwrap()
+}
+
+/// Uploads a small image; the answer is its manifest.
+async fn upload(catalog: &Catalog, platform: &Platform) -> Bytes {
+    let layer = Bytes::from(vec![0; 1024]);
+    let config = serde_json::json!({
+        "os": platform.os, "architecture": platform.architecture,
+        "config": { "Cmd": ["/bin/true"] },
+        "rootfs": { "type": "layers", "diff_ids": [Digest::of(&layer).to_string()] },
+    });
+    let config = Bytes::from(serde_json::to_vec(&config).unwrap());
+    let describe = |media_type: &str, bytes: &Bytes| {
+        serde_json::json!({
+            "mediaType": format!("application/vnd.oci.image.{media_type}"),
+            "digest": Digest::of(bytes).to_string(), "size": bytes.len(),
+        })
+    };
+    let manifest = serde_json::json!({
+        "schemaVersion": 2, "mediaType": MANIFEST,
+        "config": describe("config.v1+json", &config),
+        "layers": [describe("layer.v1.tar", &layer)],
+    });
+    for blob in [config, layer] {
+        catalog.blobs().put_bytes(blob).await.unwrap();
+    }
+    Bytes::from(serde_json::to_vec(&manifest).unwrap())
+}
+
+async fn push(catalog: &Arc<Catalog>) -> Result<Digest, EngineError> {
+    let manifest = upload(catalog, &Platform::host()).await;
+    catalog
+        .put_manifest("localhost:1", "app", "latest", MANIFEST, manifest)
+        .await
+}
+
+async fn ready(catalog: &Arc<Catalog>) {
+    let image = catalog
+        .ensure_ready(NAME, None, Duration::from_secs(60))
+        .await
+        .unwrap();
+    assert_eq!(image.status, ImageStatus::Ready);
+    assert!(catalog.layout.root_disk(&image.digest).exists());
+}
+
+#[tokio::test]
+async fn an_image_deleted_while_it_is_made_can_be_had_again_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = catalog(&directory).await;
+    for pause in 0..20 {
+        push(&catalog).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(pause / 2)).await;
+        catalog.delete(NAME).await.unwrap();
+        assert!(matches!(catalog.get(NAME), Err(EngineError::NotFound { .. })));
+        push(&catalog).await.unwrap();
+        ready(&catalog).await;
+        catalog.delete(NAME).await.unwrap();
+    }
+    // Jobs that were given up end in their own time.
+    catalog.tasks.close();
+    catalog.tasks.wait().await;
+    assert!(catalog.state().jobs.is_empty());
+    assert!(catalog.blobs().list().await.unwrap().is_empty());
+    assert_eq!(std::fs::read_dir(catalog.layout.image_work()).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn pushing_and_deleting_one_name_at_once_leaves_it_whole_or_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = catalog(&directory).await;
+    for _ in 0..20 {
+        let other = Arc::clone(&catalog);
+        let deleting = tokio::spawn(async move { other.delete(NAME).await });
+        // Blobs may go between their upload and the manifest: then the push is refused whole.
+        let pushed = push(&catalog).await;
+        let _ = deleting.await.unwrap();
+        if pushed.is_ok() && catalog.get(NAME).is_ok() {
+            ready(&catalog).await;
+        }
+        let stored: Vec<(String, String, serde_json::Value)> =
+            catalog.store.read(hypeman_store::images::references).unwrap();
+        assert_eq!(stored.len(), catalog.list(&BTreeMap::new()).len());
+    }
+}
+
+#[tokio::test]
+async fn blobs_behind_an_index_outlive_their_own_manifests() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = catalog(&directory).await;
+    let foreign = Platform::parse_supported(if Platform::host().architecture == "amd64" {
+        "linux/arm64"
+    } else {
+        "linux/amd64"
+    })
+    .unwrap();
+    let manifest = upload(&catalog, &foreign).await;
+    let digest = Digest::of(&manifest).to_string();
+    let index = serde_json::json!({
+        "schemaVersion": 2, "mediaType": INDEX,
+        "manifests": [{ "mediaType": MANIFEST, "digest": digest, "size": manifest.len(),
+            "platform": { "os": foreign.os, "architecture": foreign.architecture } }],
+    });
+    catalog
+        .put_manifest("localhost:1", "app", &digest, MANIFEST, manifest)
+        .await
+        .unwrap();
+    let index = Bytes::from(serde_json::to_vec(&index).unwrap());
+    catalog
+        .put_manifest("localhost:1", "app", "latest", INDEX, index)
+        .await
+        .unwrap();
+    assert!(catalog.delete_manifest("app", &digest).await.unwrap());
+    let blobs = catalog.blobs().list().await.unwrap();
+    let needed = catalog.needed_blobs().await.unwrap();
+    assert_eq!(blobs.len(), 4);
+    assert!(blobs.iter().all(|blob| needed.contains(&blob.digest.to_string())));
+}
