@@ -44,6 +44,7 @@ pub struct Image {
     pub working_dir: Option<String>,
     /// Tags of the user.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::tags::schema)]
     pub tags: BTreeMap<String, String>,
     /// When it was made.
     #[schema(value_type = String, format = DateTime)]
@@ -81,6 +82,7 @@ pub struct CreateImageRequest {
     pub credentials: Option<RegistryCredentials>,
     /// Tags.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::tags::schema)]
     pub tags: BTreeMap<String, String>,
 }
 

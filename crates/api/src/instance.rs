@@ -187,6 +187,7 @@ pub struct Instance {
     pub gpu: Option<InstanceGpu>,
     /// Its tags.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::tags::schema)]
     pub tags: BTreeMap<String, String>,
     /// Whether its memory is stored.
     pub has_snapshot: bool,
@@ -397,6 +398,7 @@ pub struct CreateInstanceRequest {
     pub cmd: Option<Vec<String>>,
     /// Its tags.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(schema_with = crate::tags::schema)]
     pub tags: BTreeMap<String, String>,
 }
 

@@ -14,6 +14,7 @@ pub mod query;
 pub mod registry;
 pub mod resources;
 pub mod service;
+pub mod tags;
 
 pub use error::{ErrorBody, ErrorDetail};
 pub use image::{CreateImageRequest, Image, ImageStatus, RegistryCredentials, TagImageRequest};

@@ -26,10 +26,3 @@ pub struct TagList {
     /// Its tags, in lexical order.
     pub tags: Vec<String>,
 }
-
-/// Repositories of the registry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Catalog {
-    /// In lexical order.
-    pub repositories: Vec<String>,
-}

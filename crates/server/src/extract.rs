@@ -138,6 +138,9 @@ fn parse_tags(query: &str) -> Result<BTreeMap<String, String>, ApiError> {
             return Err(ApiError::schema("invalid query: too many tag filters"));
         }
     }
+    // What cannot be a tag would match nothing, and is a mistake: `tags[a][b]=c` for instance.
+    hypeman_core::tags::check(&tags)
+        .map_err(|error| ApiError::schema(format!("invalid query: {}", error.message)))?;
     Ok(tags)
 }
 
@@ -188,7 +191,16 @@ mod tests {
 
     #[test]
     fn malformed_filters_are_refused() {
-        for query in ["tags=x", "tags[a=x", "tags[a]=%ff", "tags[a]=1&tags[a]=2", "tags"] {
+        for query in [
+            "tags=x",
+            "tags[a=x",
+            "tags[a]=%ff",
+            "tags[a]=1&tags[a]=2",
+            "tags",
+            "tags[a][b]=1",
+            "tags[]=x",
+            "tags[%C3%A4]=x",
+        ] {
             assert_eq!(
                 parse_tags(query).unwrap_err().status(),
                 StatusCode::BAD_REQUEST,

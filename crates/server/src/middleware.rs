@@ -4,7 +4,7 @@ use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::FutureExt as _;
@@ -109,18 +109,63 @@ fn authorize(
     }
 }
 
+/// The line of the access log that a request gets, also when its client leaves before the answer.
+struct AccessLog {
+    method: Method,
+    route: String,
+    path: String,
+    started: Instant,
+    span: tracing::Span,
+    written: bool,
+}
+
+impl AccessLog {
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn write(&mut self, status: StatusCode, subject: &str) {
+        self.written = true;
+        let Self {
+            method, route, path, ..
+        } = &*self;
+        let milliseconds = self.milliseconds();
+        self.span.in_scope(|| {
+            tracing::info!(%method, route, path, status = status.as_u16(), milliseconds, subject, "served");
+        });
+    }
+}
+
+impl Drop for AccessLog {
+    fn drop(&mut self) {
+        if !self.written {
+            let Self {
+                method, route, path, ..
+            } = &*self;
+            let milliseconds = self.milliseconds();
+            self.span.in_scope(|| {
+                tracing::info!(%method, route, path, milliseconds, "the client left before the answer");
+            });
+        }
+    }
+}
+
 /// Names the request, logs it, and turns a panic of its handler into a 500.
 pub async fn envelope(request: Request, next: Next) -> Response {
     let id = request_id(&request);
-    let method = request.method().clone();
-    // The matched path keeps identifiers of high number out of logs; the query may hold secrets and never enters.
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map_or_else(|| "-".to_owned(), |path| path.as_str().to_owned());
-    let path = request.uri().path().to_owned();
-    let started = Instant::now();
     let span = tracing::info_span!("request", id = %id.to_str().unwrap_or_default());
+    let mut log = AccessLog {
+        method: request.method().clone(),
+        route: request
+            .extensions()
+            .get::<MatchedPath>()
+            .map_or_else(|| "-".to_owned(), |path| path.as_str().to_owned()),
+        // The query may hold secrets and never enters.
+        path: request.uri().path().to_owned(),
+        started: Instant::now(),
+        span: span.clone(),
+        written: false,
+    };
     let mut response = async {
         AssertUnwindSafe(next.run(request))
             .catch_unwind()
@@ -134,23 +179,13 @@ pub async fn envelope(request: Request, next: Next) -> Response {
                 ApiError::internal(&format!("panic: {cause}")).into_response()
             })
     }
-    .instrument(span.clone())
+    .instrument(span)
     .await;
     let subject = response
         .extensions()
         .get::<Identity>()
         .map_or("-", |identity| identity.subject.as_str());
-    span.in_scope(|| {
-        tracing::info!(
-            %method,
-            route,
-            path,
-            status = response.status().as_u16(),
-            milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            subject,
-            "served"
-        );
-    });
+    log.write(response.status(), subject);
     response.headers_mut().insert(REQUEST_ID, id);
     response
 }
