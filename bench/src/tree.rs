@@ -230,8 +230,8 @@ mod tests {
     #[test]
     fn the_same_image_comes_out_each_time() {
         let folder = tempfile::tempdir().unwrap();
-        let one = write(&folder.path().join("one"), 4 << 20).unwrap();
-        let two = write(&folder.path().join("two"), 4 << 20).unwrap();
+        let one = write(&folder.path().join("one"), 14 << 20).unwrap();
+        let two = write(&folder.path().join("two"), 14 << 20).unwrap();
         assert_eq!(one.layers.len(), LAYERS);
         assert!(one.entries > 100);
         let names = |layout: &Layout| -> Vec<_> {
