@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use hypeman_tests::repository;
+use hypeman_tests::{Server, repository};
 
 /// What each crate may use of the workspace, as ARCHITECTURE.md says.
 const MAY_USE: [(&str, &[&str]); 13] = [
@@ -90,5 +90,33 @@ fn links_between_the_papers_lead_somewhere() {
             let path = repository().join(directory).join(target);
             assert!(path.exists(), "{paper} points at {target}");
         }
+    }
+}
+
+#[tokio::test]
+async fn the_configuration_page_has_every_key_and_its_default() {
+    let server = Server::start().await;
+    let listed = server.command_line().run(&["serve", "--list-keys"]).await.ok();
+    let page = read("docs/configuration.md");
+    for line in listed.lines().skip(1) {
+        let mut words = line.split_whitespace();
+        let (key, default) = (words.next().unwrap(), words.next().unwrap());
+        let row = page.lines().find(|row| row.starts_with(&format!("| `{key}` |")));
+        let row = row.unwrap_or_else(|| panic!("{key} is missing"));
+        let shown = row.split('|').nth(2).unwrap().trim();
+        assert!(
+            shown == "–" || shown == format!("`{default}`"),
+            "{key}: {shown} instead of {default}"
+        );
+    }
+    for row in page
+        .lines()
+        .filter(|row| row.starts_with("| `") && row.contains('.') && !row.contains("--"))
+    {
+        let key = row.split('`').nth(1).unwrap();
+        assert!(
+            listed.contains(key.split(".<").next().unwrap()),
+            "{key} is not a key any more"
+        );
     }
 }
