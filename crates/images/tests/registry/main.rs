@@ -1,6 +1,10 @@
 //! The registry client against a real registry on loopback that can be told to misbehave.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on should panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on should panic"
+)]
 
 mod auth;
 mod distribution;
