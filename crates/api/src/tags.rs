@@ -17,7 +17,7 @@ pub fn schema() -> Schema {
     ObjectBuilder::new()
         .schema_type(SchemaType::Type(Type::Object))
         .property_names(Some(text(1, 128)))
-        .additional_properties(Some(text(0, 256)))
+        .additional_properties(Some(Schema::from(text(0, 256))))
         .max_properties(Some(50))
         .description(Some("Pairs of the user's own."))
         .build()
