@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -288,7 +289,8 @@ fn serve(content: &mut Content, seen: &Seen, body: Bytes) -> Response {
     if let Some((_, id)) = seen.path.split_once("/blobs/uploads/") {
         return match seen.method {
             Method::POST => {
-                let id = format!("session-{}", content.uploads.len());
+                static SESSIONS: AtomicUsize = AtomicUsize::new(0);
+                let id = format!("session-{}", SESSIONS.fetch_add(1, Ordering::Relaxed));
                 content.uploads.insert(id.clone(), Vec::new());
                 answer(
                     202,
