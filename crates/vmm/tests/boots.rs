@@ -272,7 +272,12 @@ async fn a_vmm_that_hangs_is_told_so_in_time_and_can_be_killed() {
     let adopted = driver.adopt(&spec, machine.process()).await.unwrap();
     adopted.kill().await.unwrap();
     ended(&*machine).await;
-    assert_eq!(machine.exit_cause().await.kind, ExitKind::Signal { number: 9 });
+    // Of two handles on one child, only that which reaps it learns how it ended.
+    let kind = machine.exit_cause().await.kind;
+    assert!(
+        matches!(kind, ExitKind::Signal { number: 9 } | ExitKind::Unknown),
+        "{kind:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
