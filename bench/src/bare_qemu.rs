@@ -80,7 +80,9 @@ impl BareMachine {
     /// It does not end, or ends with a complaint.
     pub fn boot(&self) -> Result<Duration> {
         let started = Instant::now();
-        let mut child = Command::new(&self.program)
+        // In a session of its own, as our VMMs are: schedulers may share time out by session.
+        let mut child = Command::new("setsid")
+            .arg(&self.program)
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -44,10 +44,28 @@ pub const ALL: [(&str, &str, Run); 5] = [
 /// Runs a bench and says why when there are no numbers.
 pub fn run(name: &'static str, title: &str, bench: Run, context: &Context) -> Section {
     let mut section = Section::new(name, title);
+    let (load, cores) = (
+        load_average(),
+        std::thread::available_parallelism().map_or(1, usize::from),
+    );
+    if load > 0.5 {
+        section.note(format!(
+            "the machine was not idle: load {load} on {cores} cores before this bench, so trust no absolute number"
+        ));
+    }
     match bench(context, &mut section) {
         Ok(()) => {}
         Err(BenchError::Missing(reason)) => section.skipped = Some(reason),
         Err(error) => section.skipped = Some(format!("failed: {error}")),
     }
     section
+}
+
+/// Processes that wanted to run, on average over the last minute.
+fn load_average() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ')
+        .next()
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0.0)
 }
