@@ -339,8 +339,29 @@ fn command(options: &ServerOptions, configuration: &Path) -> Command {
     command
 }
 
-/// Starts the process and finds out its port.
+/// Starts the process and finds out its port. A port that it had before may for a moment be the near end of somebody
+/// else's connection.
 async fn launch(options: &ServerOptions, directory: &Path, data: &Path, port: u16) -> (Child, u16) {
+    let end = tokio::time::Instant::now() + crate::PATIENCE;
+    loop {
+        match try_launch(options, directory, data, port).await {
+            Ok(launched) => return launched,
+            Err(text) => assert!(
+                text.contains("Address already in use") && tokio::time::Instant::now() < end,
+                "{text}"
+            ),
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Starts the process once; what it printed when it ended at once.
+async fn try_launch(
+    options: &ServerOptions,
+    directory: &Path,
+    data: &Path,
+    port: u16,
+) -> Result<(Child, u16), String> {
     let configuration = write_configuration(options, directory, data, port, "server");
     let path = directory.join("server.log");
     let log: File = OpenOptions::new()
@@ -360,10 +381,10 @@ async fn launch(options: &ServerOptions, directory: &Path, data: &Path, port: u1
         let text = String::from_utf8_lossy(text.get(earlier..).unwrap_or_default()).into_owned();
         if let Some(port) = announced_port(&text) {
             interrupt::started(child.id(), data, directory);
-            return (child, port);
+            return Ok((child, port));
         }
         if let Some(status) = child.try_wait().expect("wait") {
-            panic!("the server ended at once ({status}):\n{text}");
+            return Err(format!("the server ended at once ({status}):\n{text}"));
         }
         tries -= 1;
         assert!(tries > 0, "the server did not announce its address:\n{text}");

@@ -224,7 +224,7 @@ fn corpus(dense: bool) -> Vec<Vec<u8>> {
 /// Writes an OCI layout and lets `umoci` unpack it; `None` where that cannot be done.
 fn unpack_with_umoci(directory: &Path, tars: &[Vec<u8>]) -> Option<BTreeMap<String, Seen>> {
     if !is_root() || Command::new("umoci").arg("--version").output().is_err() {
-        println!("skipped: the comparison needs root and umoci");
+        println!("SKIPPED: the comparison needs root and umoci");
         return None;
     }
     let layout = directory.join("layout");

@@ -264,6 +264,10 @@ async fn a_vmm_that_hangs_is_told_so_in_time_and_can_be_killed() {
         .args(["-STOP", &pid])
         .status()
         .unwrap();
+    // Each of its threads stops in its own time.
+    while !lab::is_stopped(&pid) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     let outcome = machine.run_state(Duration::from_millis(100)).await;
     assert!(
         matches!(outcome, Err(VmmError::Unresponsive { .. })),
@@ -338,7 +342,7 @@ impl SmallDisk {
         std::fs::create_dir_all(&path).unwrap();
         let mounted = mount(&["-t", "tmpfs", "-o", "size=4m", "none"], &path);
         if !mounted {
-            println!("skipped: mounting a small file system needs root");
+            println!("SKIPPED: mounting a small file system needs root");
         }
         mounted.then_some(Self(path))
     }

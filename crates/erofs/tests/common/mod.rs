@@ -142,7 +142,7 @@ pub fn fsck(image: &Path) {
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         ),
-        Err(error) => println!("skipped: fsck.erofs: {error}"),
+        Err(error) => println!("SKIPPED: fsck.erofs: {error}"),
     }
 }
 
@@ -159,7 +159,7 @@ impl Mounted {
             .unwrap_or_default()
             .contains("erofs");
         if !rustix::process::geteuid().is_root() || !known {
-            println!("skipped: a kernel mount needs root and a kernel with EROFS");
+            println!("SKIPPED: a kernel mount needs root and a kernel with EROFS");
             return None;
         }
         let directory = tempfile::tempdir().unwrap();

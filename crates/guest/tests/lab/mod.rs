@@ -1,6 +1,6 @@
 //! A real machine for tests: QEMU without hardware help, a kernel, the real guest program, a busybox image.
 //!
-//! Kernel: `HYPEMAN_TEST_KERNEL` (an uncompressed PVH kernel), else `/tmp/kb/vmlinux`. Modules for a kernel that
+//! Kernel: `HYPEMAN_TEST_KERNEL` (an uncompressed PVH kernel, as `kernel/build` makes it). Modules for a kernel that
 //! needs them: `HYPEMAN_TEST_MODULES`, a directory with `order`. Guest program: `HYPEMAN_TEST_GUEST`, built with
 //! `cargo build -p hypeman-guest --profile guest --target x86_64-unknown-linux-musl`.
 // The lints' exception for tests does not reach helpers of integration tests; not every test uses every helper.
@@ -32,9 +32,9 @@ pub struct Lab {
 }
 
 fn kernel() -> Option<PathBuf> {
-    let kernel =
-        std::env::var_os("HYPEMAN_TEST_KERNEL").map_or_else(|| "/tmp/kb/vmlinux".into(), PathBuf::from);
-    kernel.exists().then_some(kernel)
+    std::env::var_os("HYPEMAN_TEST_KERNEL")
+        .map(PathBuf::from)
+        .filter(|kernel| kernel.is_file())
 }
 
 fn guest() -> Option<PathBuf> {
@@ -60,12 +60,12 @@ pub fn is_possible() -> bool {
                 .any(|directory| Path::new(directory).join(tool).exists())
         };
         if !found {
-            println!("skipped: {tool} is missing");
+            println!("SKIPPED: {tool} is missing");
             return false;
         }
     }
     if kernel().is_none() || guest().is_none() {
-        println!("skipped: no kernel or no guest program (see tests/lab/mod.rs)");
+        println!("SKIPPED: no kernel or no guest program (see tests/lab/mod.rs)");
         return false;
     }
     true

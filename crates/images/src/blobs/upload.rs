@@ -161,13 +161,19 @@ impl BlobStore {
             Err(error) => return Err(ImageError::io("look up an upload", error)),
         };
         let session = lock(&self.shared.sessions).open.get(id).cloned();
-        Ok(match session {
-            Some(session) => match session.sink.try_lock() {
-                Ok(sink) if sink.is_none() => on_disk,
-                _ => session.offset.load(Ordering::Relaxed),
-            },
-            None => on_disk,
-        })
+        let Some(session) = session else {
+            return Ok(on_disk);
+        };
+        let Ok(mut slot) = session.sink.try_lock() else {
+            return Ok(session.offset.load(Ordering::Relaxed));
+        };
+        // A request that was cut may still have a write under way: taking the file up again waits for its end, so that
+        // the client continues where the file really ends.
+        let sink = self.take_sink(id, &mut slot).await?;
+        let offset = sink.written();
+        session.offset.store(offset, Ordering::Relaxed);
+        *slot = Some(sink);
+        Ok(offset)
     }
 
     fn session(&self, id: &UploadId) -> Result<Arc<Session>> {

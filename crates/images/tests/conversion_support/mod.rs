@@ -220,7 +220,7 @@ pub fn fsck(image: &Path) {
             "{}",
             String::from_utf8_lossy(&output.stdout)
         ),
-        Err(error) => println!("skipped: fsck.erofs: {error}"),
+        Err(error) => println!("SKIPPED: fsck.erofs: {error}"),
     }
 }
 
@@ -241,7 +241,7 @@ impl Mounted {
             .unwrap_or_default()
             .contains("erofs");
         if !is_root() || !known {
-            println!("skipped: a kernel mount needs root and a kernel with EROFS");
+            println!("SKIPPED: a kernel mount needs root and a kernel with EROFS");
             return None;
         }
         let directory = tempfile::tempdir().unwrap();

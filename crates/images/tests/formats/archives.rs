@@ -317,7 +317,7 @@ fn skopeo(arguments: &[&str]) -> bool {
             String::from_utf8_lossy(&output.stderr)
         ),
         Err(error) => {
-            println!("skipped: skopeo cannot be run: {error}");
+            println!("SKIPPED: skopeo cannot be run: {error}");
             false
         }
     }

@@ -53,7 +53,7 @@ impl Distribution {
         let mut child = match spawned {
             Ok(child) => child,
             Err(error) => {
-                println!("skipped: docker-registry cannot be run: {error}");
+                println!("SKIPPED: docker-registry cannot be run: {error}");
                 return None;
             }
         };
@@ -172,7 +172,7 @@ async fn skopeo_reads_what_was_pushed_from_an_archive_and_its_archive_can_be_pus
         .arg(format!("oci-archive:{}:again", archive.display()))
         .output();
     let Ok(output) = output else {
-        println!("skipped: skopeo cannot be run");
+        println!("SKIPPED: skopeo cannot be run");
         return;
     };
     assert!(

@@ -510,10 +510,9 @@ async fn silence_in_the_middle_of_a_blob_is_an_error_after_the_deadline() {
             .then(|| answer(200, &[("content-length", "100000")], Body::from_stream(silent())))
     });
     let (_dir, store) = store().await;
-    let client = client_with(|options| options.idle_timeout = Duration::from_millis(50));
     let reference = registry.reference("app:v1");
-    let resolved = client.resolve(&reference, &amd64(), None).await.unwrap();
-    let error = client
+    let resolved = client().resolve(&reference, &amd64(), None).await.unwrap();
+    let error = client_with(|options| options.idle_timeout = Duration::from_millis(50))
         .pull(&reference, &resolved, None, &store, &())
         .await
         .unwrap_err();

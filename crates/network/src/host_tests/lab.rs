@@ -35,7 +35,7 @@ pub(super) fn story<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F
         return;
     }
     if !rustix::process::geteuid().is_root() || !std::path::Path::new(crate::tap::TUN_DEVICE).exists() {
-        println!("skipped: {name} needs root and {}", crate::tap::TUN_DEVICE);
+        println!("SKIPPED: {name} needs root and {}", crate::tap::TUN_DEVICE);
         return;
     }
     let status = Command::new("unshare")

@@ -486,7 +486,7 @@ async fn skopeo_pushes_and_pulls() {
         .output()
         .is_err()
     {
-        println!("skipped: skopeo is not installed");
+        println!("SKIPPED: skopeo is not installed");
         return;
     }
     let server = Server::start().await;

@@ -438,7 +438,7 @@ mod tests {
     fn qemu() -> Option<&'static Path> {
         let path = Path::new("/usr/bin/qemu-system-x86_64");
         if !path.exists() {
-            println!("skipped: no {}", path.display());
+            println!("SKIPPED: no {}", path.display());
         }
         path.exists().then_some(path)
     }

@@ -63,7 +63,7 @@ mod tests {
     #[tokio::test]
     async fn two_measurements_agree() {
         if counter().is_none() {
-            println!("skipped: no time stamp counter");
+            println!("SKIPPED: no time stamp counter");
             return;
         }
         let first = TscFrequency::start().khz().await.unwrap();

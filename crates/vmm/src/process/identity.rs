@@ -6,6 +6,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +15,10 @@ use crate::MachineStats;
 
 /// A command line longer than this is not one of ours.
 const COMMAND_LINE_LIMIT: usize = 256 * 1024;
+/// How long a program of ours may take from being executed until its arguments show. It takes microseconds, unless the
+/// host stalls or the program's interpreter comes from a slow disk.
+const EXECUTION_PATIENCE: Duration = Duration::from_secs(10);
+const EXECUTION_PAUSE: Duration = Duration::from_millis(1);
 
 /// Identity of a process that outlives the server. A pid alone is never trusted: numbers are reused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,7 +111,7 @@ pub(crate) fn processes_with_argument(
         else {
             continue;
         };
-        let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else {
+        let Ok(command_line) = settled_command_line(pid, &is_ours) else {
             continue;
         };
         if command_line.len() > COMMAND_LINE_LIMIT
@@ -126,8 +132,34 @@ pub(crate) fn processes_with_argument(
     Ok(found)
 }
 
+/// The command line of process `pid`. The kernel shows an empty one from the instant in which a program replaces its
+/// process until its arguments are laid out; a program that `is_ours` must not be overlooked in between. Empty stay
+/// those of kernel threads and of processes that have ended.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "nothing tells of this instant, and one is met only right after a crash"
+)]
+fn settled_command_line(pid: u32, is_ours: impl Fn(&Path) -> bool) -> io::Result<Vec<u8>> {
+    let end = Instant::now() + EXECUTION_PATIENCE;
+    loop {
+        let command_line = fs::read(format!("/proc/{pid}/cmdline"))?;
+        if !command_line.is_empty()
+            || !executable(pid).is_ok_and(|executable| is_ours(Path::new(&executable)))
+        {
+            return Ok(command_line);
+        }
+        if Instant::now() > end {
+            tracing::warn!(pid, "a process that may be a VMM of ours shows no command line");
+            return Ok(command_line);
+        }
+        thread::sleep(EXECUTION_PAUSE);
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsString;
+
     use super::*;
 
     #[test]
@@ -164,19 +196,23 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_found_by_a_word_of_its_command_line() {
-        let mut child = std::process::Command::new("/bin/sleep")
-            .arg("600.25")
-            .spawn()
-            .unwrap();
-        let found = processes_with_argument(OsStr::new("600.25"), |_| true).unwrap();
-        let refused = processes_with_argument(OsStr::new("600.25"), |path| path.ends_with("qemu")).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(
-            found.iter().map(|identity| identity.pid).collect::<Vec<_>>(),
-            [child.id()]
-        );
-        assert!(refused.is_empty());
+    fn a_process_is_found_by_a_word_of_its_command_line_from_its_first_instant() {
+        // Often enough to meet the instant in which a new program shows no arguments yet.
+        for round in 0..100 {
+            let word = OsString::from(format!("600.{round}{}", std::process::id()));
+            let mut child = std::process::Command::new("/bin/sleep")
+                .arg(&word)
+                .spawn()
+                .unwrap();
+            let found = processes_with_argument(&word, |_| true).unwrap();
+            let refused = processes_with_argument(&word, |path| path.ends_with("qemu")).unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!(
+                found.iter().map(|identity| identity.pid).collect::<Vec<_>>(),
+                [child.id()]
+            );
+            assert!(refused.is_empty());
+        }
     }
 }

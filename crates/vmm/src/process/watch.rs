@@ -135,8 +135,38 @@ mod tests {
     use std::fs::File;
     use std::path::Path;
 
+    use rustix::fs::Mode;
+
     use super::super::{Detached, spawn_detached};
     use super::*;
+
+    /// Holds a script back until the test has looked at its process: one that has ended can't be looked at.
+    struct Gate(tempfile::TempDir);
+
+    impl Gate {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            rustix::fs::mkfifoat(
+                rustix::fs::CWD,
+                directory.path().join("gate"),
+                Mode::RUSR | Mode::WUSR,
+            )
+            .unwrap();
+            Self(directory)
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.0.path().join("gate")
+        }
+
+        fn before(&self, script: &str) -> String {
+            format!("read line < {}; {script}", self.path().display())
+        }
+
+        fn open(&self) {
+            std::fs::write(self.path(), "go\n").unwrap();
+        }
+    }
 
     fn shell(script: &str) -> u32 {
         let output = File::options().write(true).open("/dev/null").unwrap();
@@ -152,8 +182,10 @@ mod tests {
 
     #[tokio::test]
     async fn the_exit_code_of_a_child_is_known_and_no_zombie_stays() {
-        let handle = ProcessHandle::of_child(shell("sleep 0.05; exit 7")).unwrap();
+        let gate = Gate::new();
+        let handle = ProcessHandle::of_child(shell(&gate.before("exit 7"))).unwrap();
         assert_eq!(handle.ended_now(), None);
+        gate.open();
         assert_eq!(handle.ended().await, Ended::Code(7));
         assert_eq!(handle.ended().await, Ended::Code(7));
         assert!(!Path::new(&format!("/proc/{}", handle.identity().pid)).exists());
@@ -200,7 +232,8 @@ mod tests {
         let script = format!(
             "readlink /proc/self/fd/{number}; ls /proc/self/fd | wc -l; ps -o sid= -p $$; echo $$; pwd"
         );
-        let arguments = vec!["-c".into(), script.into()];
+        let gate = Gate::new();
+        let arguments = vec!["-c".into(), gate.before(&script).into()];
         let pid = spawn_detached(Detached {
             program: Path::new("/bin/sh"),
             arguments,
@@ -208,7 +241,9 @@ mod tests {
             keep: std::slice::from_ref(&kept),
         })
         .unwrap();
-        ProcessHandle::of_child(pid).unwrap().ended().await;
+        let handle = ProcessHandle::of_child(pid).unwrap();
+        gate.open();
+        handle.ended().await;
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         assert_eq!(lines[0], "/dev/zero");

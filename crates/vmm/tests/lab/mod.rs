@@ -32,7 +32,7 @@ impl Lab {
         let kernel = kernels().into_iter().next();
         if kernel.is_none() {
             println!(
-                "skipped: no guest kernel; set HYPEMAN_TEST_KERNEL_DIR or run kernel/fetch or kernel/build"
+                "SKIPPED: no guest kernel: set HYPEMAN_TEST_KERNEL to what kernel/fetch or kernel/build made"
             );
         }
         Self::with_kernel(&kernel?)
@@ -40,7 +40,7 @@ impl Lab {
 
     pub fn with_kernel(kernel: &Path) -> Option<Self> {
         if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
-            println!("skipped: QEMU is not installed");
+            println!("SKIPPED: QEMU is not installed");
             return None;
         }
         let guest = guest()?;
@@ -179,18 +179,25 @@ impl Agent {
     }
 }
 
+/// Whether every thread of a process was stopped by a signal.
+pub fn is_stopped(pid: &str) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads
+        .flatten()
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok())
+        .all(|stat| stat.contains(") T "))
+}
+
 pub async fn ended(machine: &dyn Machine) {
     tokio::time::timeout(PATIENCE, machine.exited())
         .await
         .expect("the machine should have ended");
 }
 
-/// Kernels at hand, the quickest first.
+/// Kernels at hand, the quickest first: `HYPEMAN_TEST_KERNEL` names them as `PATH` names directories.
 pub fn kernels() -> Vec<PathBuf> {
-    std::env::var_os("HYPEMAN_TEST_KERNEL_DIR")
-        .map(PathBuf::from)
-        .into_iter()
-        .chain(["/tmp/kb/vmlinux", "/tmp/distro"].map(PathBuf::from))
+    let named = std::env::var_os("HYPEMAN_TEST_KERNEL").unwrap_or_default();
+    std::env::split_paths(&named)
         .filter(|path| path.is_file() || path.join("vmlinux").is_file() || path.join("boot").is_dir())
         .collect()
 }
@@ -219,7 +226,7 @@ fn build_guest() -> Option<Vec<u8>> {
         .unwrap();
     if !built.status.success() {
         println!(
-            "skipped: the guest cannot be built: {}",
+            "SKIPPED: the guest cannot be built: {}",
             String::from_utf8_lossy(&built.stderr)
         );
         return None;
