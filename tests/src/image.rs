@@ -194,6 +194,17 @@ impl ImageBuilder {
         Some(Self::empty().layer(layer).cmd(&["sleep", "100000"]))
     }
 
+    /// Busybox with its own init as process 1, as an image with systemd has it.
+    #[must_use]
+    pub fn busybox_init() -> Option<Self> {
+        let inittab = b"::sysinit:/bin/sh -c 'echo init is up > /tmp/up'\n::respawn:/bin/sleep 1000\n::shutdown:/bin/sync\n";
+        let layer = LayerBuilder::default()
+            .directory("sbin", 0o755)
+            .symlink("sbin/init", "../bin/busybox")
+            .file("etc/inittab", 0o644, inittab);
+        Some(Self::busybox()?.layer(layer).cmd(&["/sbin/init"]))
+    }
+
     /// Adds a layer.
     #[must_use]
     pub fn layer(self, layer: LayerBuilder) -> Self {

@@ -1,6 +1,6 @@
 //! Killed servers, killed VMMs, panics and reboots: what is shown is true, what ran goes on.
 
-use hypeman_tests::{Server, have, is_root, skip_unless};
+use hypeman_tests::{ImageBuilder, Server, have, is_root, skip_unless};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -67,6 +67,55 @@ async fn a_killed_vmm_is_told_with_its_reason() {
     assert!(reason.contains("kill") || reason.contains("vmm"), "{instance}");
     guest.start(json!({})).await;
     assert_eq!(guest.output("echo back").await, "back");
+}
+
+async fn an_agent_that_dies_alone_is_told(hypervisor: &str) {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let image = ImageBuilder::busybox_init().unwrap().build();
+    let image = server.push(&image, "stories/init", "1").await;
+    let guest = server.run(&image, json!({"hypervisor": hypervisor})).await;
+    assert_eq!(guest.output("cat /proc/1/comm").await, "init");
+    // Commands are children of the agent, which is a process like any other beside the image's own init.
+    let agent = guest.output("echo $PPID").await;
+    assert_ne!(agent, "1");
+    // Its last words need a moment to get out.
+    let line = format!("echo dying; sleep 1; kill -9 {agent}; sleep 1000");
+    let mut session = guest.exec_session(json!({"command": ["sh", "-c", line]})).await;
+    session.read_until("dying").await;
+    let killed = std::time::Instant::now();
+    let is_told = |instance: &serde_json::Value| {
+        instance["state"] == "Unknown"
+            && instance["state_error"]
+                .as_str()
+                .unwrap()
+                .contains("agent has ended")
+    };
+    guest.wait_until("the state is true", is_told).await;
+    println!(
+        "told {:?} after the last words, one second of which it lived",
+        killed.elapsed()
+    );
+    assert_eq!(server.vmms().len(), 1, "the machine itself goes on");
+    // A server that comes back finds it as it is.
+    server.kill();
+    server.start_again().await;
+    guest.wait_until("the state is true again", is_told).await;
+    guest.stop().await;
+    guest.start(json!({})).await;
+    assert_eq!(guest.output("cat /proc/1/comm").await, "init");
+    guest.delete().await;
+    assert_eq!(server.vmms(), vec![]);
+}
+
+#[tokio::test]
+async fn an_agent_that_dies_alone_is_told_on_qemu() {
+    an_agent_that_dies_alone_is_told("qemu").await;
+}
+
+#[tokio::test]
+async fn an_agent_that_dies_alone_is_told_on_qemu_microvm() {
+    an_agent_that_dies_alone_is_told("qemu-microvm").await;
 }
 
 #[tokio::test]

@@ -294,16 +294,7 @@ async fn without_the_agent_an_instance_runs_but_serves_no_exec() {
 async fn an_image_that_brings_its_own_init_gets_it_as_process_one() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let inittab = b"::sysinit:/bin/sh -c 'echo init is up > /tmp/up'\n::respawn:/bin/sleep 1000\n::shutdown:/bin/sync\n";
-    let layer = hypeman_tests::LayerBuilder::default()
-        .directory("sbin", 0o755)
-        .symlink("sbin/init", "../bin/busybox")
-        .file("etc/inittab", 0o644, inittab);
-    let image = ImageBuilder::busybox()
-        .unwrap()
-        .layer(layer)
-        .cmd(&["/sbin/init"])
-        .build();
+    let image = ImageBuilder::busybox_init().unwrap().build();
     let image = server.push(&image, "stories/init", "1").await;
     let guest = server.run(&image, json!({})).await;
     assert_eq!(guest.output("cat /proc/1/comm").await, "init");
@@ -312,5 +303,31 @@ async fn an_image_that_brings_its_own_init_gets_it_as_process_one() {
         .output("until test -e /tmp/up; do sleep 1; done; cat /tmp/up")
         .await;
     guest.stop().await;
+    assert_eq!(server.vmms(), vec![]);
+}
+
+#[tokio::test]
+async fn an_init_that_powers_off_by_itself_is_no_accident() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = ImageBuilder::busybox_init().unwrap().build();
+    let image = server.push(&image, "stories/init", "1").await;
+    let guest = server.run(&image, json!({})).await;
+    guest.output("until test -e /tmp/up; do sleep 1; done").await;
+    // It kills everything, the agent included, a good second before the machine is off.
+    guest.output("poweroff").await;
+    let mut seen = Vec::new();
+    loop {
+        let state = guest.inspect().await["state"].as_str().unwrap().to_owned();
+        if seen.last() != Some(&state) {
+            seen.push(state.clone());
+        }
+        if state == "Stopped" {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(!seen.contains(&"Unknown".to_owned()), "{seen:?}");
+    assert_eq!(guest.inspect().await["exit_message"], "the guest powered off");
     assert_eq!(server.vmms(), vec![]);
 }

@@ -10,6 +10,8 @@ pub enum GuestEvent {
     ProgramStarted,
     /// Exec, copy and stat are served from now on.
     AgentReady,
+    /// Every process was asked to end: the image's init is about to power off (systemd mode).
+    AskedToEnd,
     /// The program ended; the guest powers off after this is acknowledged or after a short time.
     Exited(ExitReason),
     /// The guest could not become the instance: a mount, a volume or the network failed.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use crate::{Accelerator, AgentChannel, MachineSpec, ProcessIdentity};
 
@@ -228,6 +229,12 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
 
     /// Where the guest's agent answers.
     fn agent_channel(&self) -> AgentChannel;
+
+    /// Whether the guest has its end of the agent's channel open, as far as the VMM has said, and every further word
+    /// of it. `None` where the channel itself ends with the guest's agent, as a vsock connection does.
+    fn agent_port(&self) -> Option<watch::Receiver<Option<bool>>> {
+        None
+    }
 
     /// Asks the VMM for its state, bounded by `deadline`.
     async fn run_state(&self, deadline: Duration) -> Result<RunState, VmmError>;

@@ -119,7 +119,7 @@ impl Driver {
         started.exit = None;
         let config = guest_config(&shared, &started, &image, key.clone());
         // The guest needs its configuration only after the kernel is up: the commit runs beside the boot.
-        let link = Link::start(machine.agent_channel(), key, config);
+        let link = Link::start(&machine, key, config);
         let document = started.clone();
         shared
             .store

@@ -344,6 +344,8 @@ impl Driver {
                     self.save().await;
                 }
             }
+            // Told by the link only when the agent is gone: the machine is about to follow.
+            GuestEvent::AskedToEnd => drop(self.observe(&Observation::ShutdownBegun)),
             GuestEvent::Exited(reason) => self.on_program_exit(reason).await,
             GuestEvent::SetupFailed { message } => {
                 self.log

@@ -5,16 +5,20 @@
 //!                                    │ refused                      until the run ends
 //!                                    └──► Failed
 //! ```
+//!
+//! In systemd mode the agent is a process that can die while the machine runs on. The VMM tells at once that nobody
+//! holds the agent's port open any more; pings find an agent that is there and does not get on.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use hypeman_guest_api::host::GuestClient;
+use hypeman_guest_api::host::{GuestClient, GuestEvents};
 use hypeman_guest_api::{AgentKey, ChannelError, GuestConfig, GuestEvent, InitMode};
-use hypeman_vmm::AgentChannel;
+use hypeman_vmm::{AgentChannel, Machine};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 /// How long one attempt waits for a guest that still boots. Another attempt follows.
@@ -22,9 +26,9 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 /// Mounting and starting the program, on a slow host.
 const CONFIGURE_DEADLINE: Duration = Duration::from_secs(120);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
-/// Under systemd the agent is a process that can die while the machine runs on, and nothing but silence shows it.
 const PING_INTERVAL: Duration = Duration::from_millis(500);
 const PING_DEADLINE: Duration = Duration::from_secs(3);
+const AGENT_ENDED: &str = "the guest agent has ended";
 
 /// What happens on the connection.
 pub(crate) enum LinkEvent {
@@ -46,12 +50,34 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Starts to reach the agent. `config` is what an unconfigured guest gets, with time and entropy added when
-    /// it is sent.
-    pub(crate) fn start(channel: AgentChannel, key: AgentKey, config: GuestConfig) -> Self {
+    /// Starts to reach the agent of a machine that boots. `config` is what an unconfigured guest gets, with time and
+    /// entropy added when it is sent.
+    pub(crate) fn start(machine: &Arc<dyn Machine>, key: AgentKey, config: GuestConfig) -> Self {
+        Self::spawn(machine, key, config, false)
+    }
+
+    /// Starts to reach the agent of a machine that was running when the server last looked, if it `was_reached` then.
+    pub(crate) fn resume(
+        machine: &Arc<dyn Machine>,
+        key: AgentKey,
+        config: GuestConfig,
+        was_reached: bool,
+    ) -> Self {
+        Self::spawn(machine, key, config, was_reached)
+    }
+
+    fn spawn(machine: &Arc<dyn Machine>, key: AgentKey, config: GuestConfig, reached: bool) -> Self {
         let (sender, events) = mpsc::channel(64);
+        let guest = Guest {
+            channel: machine.agent_channel(),
+            port: (config.init_mode == InitMode::Systemd)
+                .then(|| machine.agent_port())
+                .flatten(),
+            key,
+            config,
+        };
         Self {
-            task: tokio::spawn(run(channel, key, config, sender)),
+            task: tokio::spawn(guest.run(sender, reached)),
             events,
         }
     }
@@ -76,98 +102,152 @@ impl Drop for Link {
     }
 }
 
-async fn run(channel: AgentChannel, key: AgentKey, config: GuestConfig, events: mpsc::Sender<LinkEvent>) {
-    let mut connected_before = false;
-    loop {
-        let end = connection(&channel, &key, &config, &events).await;
-        let event = match end {
-            End::ReceiverGone => return,
-            End::Refused(reason) => LinkEvent::Failed(reason),
-            End::Lost {
-                was_connected,
-                reason,
-            } => {
-                connected_before |= was_connected;
-                tracing::debug!(%reason, "agent connection");
-                if !connected_before {
-                    tokio::time::sleep(RECONNECT_PAUSE).await;
-                    continue;
-                }
-                LinkEvent::Lost(reason)
-            }
-        };
-        let last = matches!(event, LinkEvent::Failed(_));
-        if events.send(event).await.is_err() || last {
-            return;
-        }
-        tokio::time::sleep(RECONNECT_PAUSE).await;
-    }
-}
-
 enum End {
     ReceiverGone,
     Refused(String),
     Lost { was_connected: bool, reason: String },
 }
 
-async fn connection(
-    channel: &AgentChannel,
-    key: &AgentKey,
-    config: &GuestConfig,
-    events: &mpsc::Sender<LinkEvent>,
-) -> End {
-    let lost = |was_connected, reason: String| End::Lost {
+fn lost(was_connected: bool, reason: impl ToString) -> End {
+    End::Lost {
         was_connected,
-        reason,
-    };
-    let stream = match open(channel).await {
-        Ok(stream) => stream,
-        Err(error) => return lost(false, error.to_string()),
-    };
-    let (client, mut reports) = match GuestClient::connect(stream, Some(key), BOOT_DEADLINE).await {
-        Ok(connection) => connection,
-        Err(ChannelError::NotAuthentic) => {
-            return End::Refused("the guest could not prove its identity".into());
-        }
-        Err(error) => return lost(false, error.to_string()),
-    };
-    if !client.is_configured() {
-        let config = match freshened(config) {
-            Ok(config) => config,
-            Err(error) => return lost(false, error.to_string()),
-        };
-        match client.configure(&config, CONFIGURE_DEADLINE).await {
-            Ok(()) => {}
-            Err(ChannelError::Refused(refusal)) => return End::Refused(refusal.message),
-            Err(error) => {
-                client.close();
-                return lost(false, error.to_string());
-            }
-        }
+        reason: reason.to_string(),
     }
-    if events.send(LinkEvent::Connected(client.clone())).await.is_err() {
-        return End::ReceiverGone;
-    }
-    let watched = config.init_mode == InitMode::Systemd;
-    loop {
-        tokio::select! {
-            report = reports.next() => match report {
-                Some(report) => if events.send(LinkEvent::Guest(report)).await.is_err() {
-                    return End::ReceiverGone;
-                },
-                None => {
-                    // Its events may have ended alone; sessions still hold the connection, and the port serves one
-                    // at a time.
-                    client.close();
-                    return lost(true, "the guest agent closed the connection".into());
+}
+
+/// Whom the task talks to.
+struct Guest {
+    channel: AgentChannel,
+    /// What the VMM says of the agent's port, where the agent can die alone.
+    port: Option<watch::Receiver<Option<bool>>>,
+    key: AgentKey,
+    config: GuestConfig,
+}
+
+impl Guest {
+    async fn run(mut self, events: mpsc::Sender<LinkEvent>, reached: bool) {
+        let mut connected_before = reached;
+        if reached && self.port_is_closed() && events.send(LinkEvent::Lost(AGENT_ENDED.into())).await.is_err()
+        {
+            return;
+        }
+        loop {
+            let event = match self.connection(&events).await {
+                End::ReceiverGone => return,
+                End::Refused(reason) => LinkEvent::Failed(reason),
+                End::Lost {
+                    was_connected,
+                    reason,
+                } => {
+                    connected_before |= was_connected;
+                    tracing::debug!(%reason, "agent connection");
+                    if !connected_before {
+                        tokio::time::sleep(RECONNECT_PAUSE).await;
+                        continue;
+                    }
+                    LinkEvent::Lost(reason)
                 }
-            },
-            () = silence(&client), if watched => {
-                client.close();
-                return lost(true, "the guest agent does not answer".into());
+            };
+            let last = matches!(event, LinkEvent::Failed(_));
+            if events.send(event).await.is_err() || last {
+                return;
+            }
+            tokio::time::sleep(RECONNECT_PAUSE).await;
+        }
+    }
+
+    fn port_is_closed(&self) -> bool {
+        self.port
+            .as_ref()
+            .is_some_and(|port| *port.borrow() == Some(false))
+    }
+
+    async fn connection(&mut self, events: &mpsc::Sender<LinkEvent>) -> End {
+        // What is said of the port from here on is about the agent that will answer.
+        if let Some(port) = &mut self.port {
+            port.mark_unchanged();
+        }
+        let stream = match open(&self.channel).await {
+            Ok(stream) => stream,
+            Err(error) => return lost(false, error),
+        };
+        let (client, reports) = match GuestClient::connect(stream, Some(&self.key), BOOT_DEADLINE).await {
+            Ok(connection) => connection,
+            Err(ChannelError::NotAuthentic) => {
+                return End::Refused("the guest could not prove its identity".into());
+            }
+            Err(error) => return lost(false, error),
+        };
+        if !client.is_configured() {
+            let config = match freshened(&self.config) {
+                Ok(config) => config,
+                Err(error) => return lost(false, error),
+            };
+            match client.configure(&config, CONFIGURE_DEADLINE).await {
+                Ok(()) => {}
+                Err(ChannelError::Refused(refusal)) => return End::Refused(refusal.message),
+                Err(error) => {
+                    client.close();
+                    return lost(false, error);
+                }
+            }
+        }
+        if events.send(LinkEvent::Connected(client.clone())).await.is_err() {
+            return End::ReceiverGone;
+        }
+        let end = self.follow(&client, reports, events).await;
+        // Its events may have ended alone; sessions still hold the connection, and the port serves one at a time.
+        client.close();
+        end
+    }
+
+    /// Passes on what the guest reports until the connection is over.
+    async fn follow(
+        &mut self,
+        client: &GuestClient,
+        mut reports: GuestEvents,
+        events: &mpsc::Sender<LinkEvent>,
+    ) -> End {
+        let mortal = self.config.init_mode == InitMode::Systemd;
+        // Why the agent would end: its machine is about to power off, which is no reason to worry.
+        let mut asked_to_end = false;
+        loop {
+            let event = tokio::select! {
+                report = reports.next() => match report {
+                    Some(GuestEvent::AskedToEnd) => {
+                        asked_to_end = true;
+                        continue;
+                    }
+                    Some(report) => LinkEvent::Guest(report),
+                    None => return lost(true, "the guest agent closed the connection"),
+                },
+                () = closed(&mut self.port) => {
+                    if asked_to_end {
+                        let _ = events.send(LinkEvent::Guest(GuestEvent::AskedToEnd)).await;
+                    }
+                    return lost(true, AGENT_ENDED);
+                }
+                () = silence(client), if mortal => return lost(true, "the guest agent does not answer"),
+            };
+            if events.send(event).await.is_err() {
+                return End::ReceiverGone;
             }
         }
     }
+}
+
+/// Resolves when the VMM says that the guest has closed its end.
+async fn closed(port: &mut Option<watch::Receiver<Option<bool>>>) {
+    let Some(port) = port else {
+        return std::future::pending().await;
+    };
+    while port.changed().await.is_ok() {
+        if *port.borrow_and_update() == Some(false) {
+            return;
+        }
+    }
+    // The VMM's process is gone, which others tell.
+    std::future::pending().await
 }
 
 /// Resolves when the agent stops answering.

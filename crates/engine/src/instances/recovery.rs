@@ -180,8 +180,12 @@ fn running(
     let key = AgentKey(key.unwrap_or_default());
     let config = guest_config(shared, &record, &image, key.clone());
     let without_agent = record.skip_guest_agent;
+    let was_reached = matches!(
+        record.phases.current(),
+        InstanceState::Running | InstanceState::Unknown
+    );
     let (mut driver, requests) = driver::prepare(shared, record, Lifecycle::Stopped);
-    let link = Link::start(machine.agent_channel(), key, config);
+    let link = Link::resume(&machine, key, config, was_reached);
     driver.slot.live.set_machine(Some(Arc::clone(&machine)));
     driver.run = Some(Run {
         machine,

@@ -24,6 +24,7 @@ pub use handover::ProcessName;
 
 use std::{rc::Rc, time::Duration};
 
+use hypeman_guest_api::GuestEvent;
 use rustix::process::{Pid, WaitOptions, wait};
 use tokio::{
     runtime::Builder,
@@ -71,13 +72,18 @@ async fn serve(name: ProcessName) -> std::io::Result<()> {
     let reaper = Reaper::start(true)?;
     // Inits end all processes politely first; the agent stays for the host. Handled rather than ignored, because
     // that is not inherited by what we start.
-    let _polite = [
-        SignalKind::terminate(),
-        SignalKind::interrupt(),
-        SignalKind::hangup(),
-    ]
-    .map(signal);
+    let _polite = [SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+    let mut terminate = signal(SignalKind::terminate())?;
     let agent = Agent::new(Box::new(Instance::new(name)), reaper);
+    let told = Rc::clone(&agent);
+    tokio::task::spawn_local(async move {
+        while terminate.recv().await.is_some() {
+            // As process 1 we are the init: whoever signals us then asks for nothing that we do.
+            if std::process::id() != 1 {
+                return told.events.push(GuestEvent::AskedToEnd);
+            }
+        }
+    });
     if vsock::is_present() {
         return serve_vsock(&agent).await;
     }

@@ -17,6 +17,9 @@ pub(crate) const PID_FILE: &str = "qemu.pid";
 pub(crate) const QMP_SOCKET: &str = "qmp.sock";
 /// Name of the agent's socket in the runtime directory.
 pub(crate) const AGENT_SOCKET: &str = "agent.sock";
+/// The agent's socket and its port, as QEMU names them to us.
+pub(crate) const AGENT_CHARDEV: &str = "agent";
+pub(crate) const AGENT_PORT_DEVICE: &str = "agent-port";
 /// Name of the guest's port for its agent.
 const AGENT_PORT: &str = "hypeman.agent.0";
 /// Name of the guest's port for the workload's output.
@@ -112,11 +115,17 @@ pub(crate) fn arguments(
 
     line.option(
         "-chardev",
-        format!("socket,id=agent,fd={},server=on,wait=off", sockets.agent),
+        format!(
+            "socket,id={AGENT_CHARDEV},fd={},server=on,wait=off",
+            sockets.agent
+        ),
     );
     line.option("-chardev", file_chardev(LOG_CHARDEV, &spec.workload_log)?);
     line.json("-device", board.device("serial", "serial", Slot::Serial));
-    line.json("-device", serial_port("agent-port", "agent", AGENT_PORT, 1));
+    line.json(
+        "-device",
+        serial_port(AGENT_PORT_DEVICE, AGENT_CHARDEV, AGENT_PORT, 1),
+    );
     line.json("-device", serial_port("log-port", LOG_CHARDEV, LOG_PORT, 2));
 
     line.json("-object", json!({ "qom-type": "rng-builtin", "id": "entropy" }));

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
+use super::agent_port::AgentPort;
 use super::arguments::{CONSOLE_CHARDEV, LOG_CHARDEV, PID_FILE};
 use super::console::Console;
 use super::qmp::{QmpClient, QmpError, QmpEvent};
@@ -45,6 +46,7 @@ pub(crate) struct QemuMachine {
     console: Console,
     connection: tokio::sync::Mutex<Option<Arc<QmpClient>>>,
     told: Arc<Mutex<Told>>,
+    agent_port: Arc<AgentPort>,
     killed: AtomicBool,
 }
 
@@ -65,6 +67,7 @@ impl QemuMachine {
             console,
             connection: tokio::sync::Mutex::new(None),
             told: Arc::default(),
+            agent_port: Arc::new(AgentPort::new()),
             killed: AtomicBool::new(false),
         }
     }
@@ -78,6 +81,13 @@ impl QemuMachine {
         }
     }
 
+    /// Asks what the events before our connection would have told.
+    pub(crate) async fn learn_agent_port(&self) {
+        if let Ok(answer) = self.command("query-chardev", Value::Null, COMMAND_DEADLINE).await {
+            self.agent_port.learn(&answer);
+        }
+    }
+
     /// The connection, made anew when the last one ended.
     async fn client(&self, deadline: Duration) -> Result<Arc<QmpClient>, QmpError> {
         let mut connection = self.connection.lock().await;
@@ -88,7 +98,11 @@ impl QemuMachine {
         let id = self.id.clone();
         let stalled = Arc::new(Notify::new());
         let stall = Arc::clone(&stalled);
-        let events = Arc::new(move |event| note(&told, &stall, &id, event));
+        let port = Arc::clone(&self.agent_port);
+        let events = Arc::new(move |event| {
+            port.note(&event);
+            note(&told, &stall, &id, event);
+        });
         let client = Arc::new(QmpClient::connect(&self.qmp_path, deadline, events).await?);
         tokio::spawn(go_on_after_stalls(Arc::downgrade(&client), stalled));
         *connection = Some(Arc::clone(&client));
@@ -283,6 +297,10 @@ impl Machine for QemuMachine {
 
     fn agent_channel(&self) -> AgentChannel {
         AgentChannel::SerialSocket(self.agent_path.clone())
+    }
+
+    fn agent_port(&self) -> Option<watch::Receiver<Option<bool>>> {
+        Some(self.agent_port.subscribe())
     }
 
     async fn run_state(&self, deadline: Duration) -> Result<RunState, VmmError> {

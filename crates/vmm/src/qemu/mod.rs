@@ -9,6 +9,7 @@
 //! The listening sockets are made by us and inherited, so a connection waits in their queue from the first
 //! instant and nobody polls for a socket to appear.
 
+mod agent_port;
 mod arguments;
 mod binary;
 mod board;
@@ -159,8 +160,9 @@ impl Vmm for Qemu {
             spec,
         );
         // Connected early to hear events. A VMM that hangs is adopted all the same: it can still be killed.
-        if let Err(error) = machine.connect(Duration::from_secs(1)).await {
-            tracing::warn!(machine = spec.id, %error, "an adopted VMM does not answer yet");
+        match machine.connect(Duration::from_secs(1)).await {
+            Ok(()) => machine.learn_agent_port().await,
+            Err(error) => tracing::warn!(machine = spec.id, %error, "an adopted VMM does not answer yet"),
         }
         Ok(Box::new(machine))
     }
