@@ -6,12 +6,14 @@
 
 import assert from 'node:assert/strict';
 import crypto from 'node:crypto';
+import { on, once } from 'node:events';
 import fs from 'node:fs';
 import path from 'node:path';
 
 import Hypeman from '@onkernel/hypeman';
 import { cpFromInstance, cpToInstance } from '@onkernel/hypeman/lib/cp';
 import { extractPushConfig, pushImage } from '@onkernel/hypeman/lib/push';
+import WebSocket from 'ws';
 
 const image = process.env.STORY_IMAGE;
 const layout = process.env.STORY_LAYOUT;
@@ -48,6 +50,56 @@ async function settled(condition) {
   for (let tries = 0; tries < 600 && !condition(); tries += 1) {
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
+}
+
+/**
+ * A command in an instance. The SDK has no helper for it, so this speaks the frames of the contract through the SDK's
+ * own WebSocket library, as its copy helper does.
+ */
+class Session {
+  output = Buffer.alloc(0);
+  exitCode = undefined;
+
+  constructor(socket) {
+    this.socket = socket;
+    this.messages = on(socket, 'message', { close: ['close'] });
+  }
+
+  static async start(instance, command, options = {}) {
+    const url = `${client.baseURL.replace(/^http/, 'ws')}/instances/${instance}/exec`;
+    const headers = { Authorization: `Bearer ${client.apiKey}` };
+    const session = new Session(new WebSocket(url, { headers, maxPayload: 1 << 20 }));
+    await once(session.socket, 'open');
+    session.socket.send(JSON.stringify({ command, tty: false, ...options }));
+    return session;
+  }
+
+  async next() {
+    const { value, done } = await this.messages.next();
+    assert.ok(!done, `closed without an exit code: ${this.output}`);
+    const [data, isBinary] = value;
+    if (isBinary) {
+      this.output = Buffer.concat([this.output, data]);
+    } else {
+      const control = JSON.parse(data);
+      assert.deepEqual(Object.keys(control), ['exitCode']);
+      this.exitCode = control.exitCode;
+    }
+  }
+
+  async until(text) {
+    while (!this.output.includes(text)) await this.next();
+  }
+
+  async finish() {
+    while (this.exitCode === undefined) await this.next();
+    assert.ok((await this.messages.next()).done, 'the exit code is the last word');
+    return this;
+  }
+}
+
+async function exec(instance, command, options) {
+  return (await Session.start(instance, command, options)).finish();
 }
 
 const steps = {
@@ -101,6 +153,42 @@ const steps = {
     assert.notEqual((await client.instances.update(created.id, { ttl: '1h' })).expires_at, null);
   },
 
+  async executing() {
+    const ended = await exec('typescript', ['sh', '-c', 'echo words; echo problem >&2; exit 7']);
+    assert.equal(ended.exitCode, 7);
+    assert.deepEqual(ended.output.toString().trim().split('\n').sort(), ['problem', 'words']);
+    assert.equal((await exec('typescript', ['/no/such/program'])).exitCode, 127);
+    assert.equal((await exec('typescript', ['sleep', '1000'], { timeout: 1 })).exitCode, 124);
+    const where = { env: { COLOUR: 'red' }, cwd: '/tmp', wait_for_agent: 30 };
+    assert.equal((await exec('typescript', ['sh', '-c', 'echo $COLOUR $PWD'], where)).output.toString(), 'red /tmp\n');
+    const many = await exec('typescript', ['sh', '-c', 'head -c 3000000 /dev/zero']);
+    assert.equal(many.output.length, 3_000_000);
+    const numbers = [...Array(10).keys()];
+    const together = await Promise.all(numbers.map((number) => exec('typescript', ['echo', `${number}`])));
+    assert.deepEqual(together.map(({ output }) => output.toString()), numbers.map((number) => `${number}\n`));
+  },
+
+  async input() {
+    const noise = crypto.randomBytes(200_000);
+    const session = await Session.start('typescript', ['head', '-c', `${noise.length}`]);
+    for (let at = 0; at < noise.length; at += 32_768) session.socket.send(noise.subarray(at, at + 32_768));
+    const ended = await session.finish();
+    assert.ok(ended.output.equals(noise));
+    assert.equal(ended.exitCode, 0);
+  },
+
+  async terminal() {
+    const script = 'stty size; read line; stty size; echo "got $line"';
+    const session = await Session.start('typescript', ['sh', '-c', script], { tty: true, rows: 20, cols: 70 });
+    await session.until('20 70');
+    session.socket.send(JSON.stringify({ resize: { rows: 30, cols: 90 } }));
+    session.socket.send(Buffer.from('words\n'));
+    const ended = await session.finish();
+    assert.match(ended.output.toString(), /30 90\r\n/);
+    assert.match(ended.output.toString(), /got words\r\n/);
+    assert.equal(ended.exitCode, 0);
+  },
+
   async logs() {
     const stream = await client.instances.logs('typescript', { follow: true, tail: 10 });
     for await (const line of stream) if (line.includes('second')) break;
@@ -131,6 +219,7 @@ const steps = {
     await client.instances.stop('typescript');
     await waitFor('typescript', 'Stopped');
     await refused(409, 'invalid_state', () => client.instances.stop('typescript', { maxRetries: 0 }));
+    await assert.rejects(exec('typescript', ['true']), /409/);
     await client.instances.start('typescript', {});
     await waitFor('typescript', 'Running');
     await client.instances.delete('typescript', { graceful_shutdown: false });

@@ -208,15 +208,16 @@ async fn download(guest: &GuestClient, request: api::CopyRequest, mut socket: We
         path: absolute(&request.guest_path),
         follow_links: request.follow_links,
     };
-    if let Err(failure) = send_tree(guest, source, &mut socket).await {
-        let Failure::Told { message, path } = failure else {
-            return;
-        };
-        if !socket::send_json(&mut socket, &api::CopyServerFrame::Error { message, path }).await {
-            return;
+    match send_tree(guest, source, &mut socket).await {
+        // The TypeScript SDK still writes its last file when it has the final marker.
+        Ok(()) => socket::close_after_client(socket).await,
+        Err(Failure::ClientGone) => {}
+        Err(Failure::Told { message, path }) => {
+            if socket::send_json(&mut socket, &api::CopyServerFrame::Error { message, path }).await {
+                socket::close(socket).await;
+            }
         }
     }
-    socket::close(socket).await;
 }
 
 /// Why a download ended early.

@@ -86,6 +86,18 @@ pub fn goodbye() -> Message {
     }))
 }
 
+/// How long a client may take to close a connection after the last frame.
+const CLIENT_CLOSES: Duration = Duration::from_secs(10);
+
+/// Lets the client close first, then closes in order. For answers after which a client still has work to do and takes
+/// an early end of the connection for a failure.
+pub async fn close_after_client(mut socket: WebSocket) {
+    let silence = async { while let Some(Ok(_)) = socket.next().await {} };
+    if tokio::time::timeout(CLIENT_CLOSES, silence).await.is_err() {
+        close(socket).await;
+    }
+}
+
 /// Closes in order: says so, then waits shortly for the client's answer, so that no last frame is lost to a
 /// connection that is reset.
 pub async fn close(mut socket: WebSocket) {

@@ -163,7 +163,14 @@ impl Streams {
         let mut frames = Vec::new();
         while let Some(Ok(message)) = socket.next().await {
             match message {
-                Message::Text(text) => frames.push(serde_json::from_str(&text).unwrap()),
+                Message::Text(text) => {
+                    let frame: Value = serde_json::from_str(&text).unwrap();
+                    if frame["final"] == true {
+                        // The server leaves the first word to the client, as SDKs need it.
+                        socket.close(None).await.unwrap();
+                    }
+                    frames.push(frame);
+                }
                 Message::Binary(data) => {
                     assert!(data.len() <= 32 * 1024);
                     frames.push(Value::from(String::from_utf8(data.to_vec()).unwrap()));
