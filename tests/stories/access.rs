@@ -1,7 +1,6 @@
 //! Who may do what.
 
 use hypeman_tests::{Claims, Server, mint, mint_with};
-use jsonwebtoken::Algorithm;
 use serde_json::{Value, json};
 
 fn claims(pairs: &[(&str, Value)]) -> Claims {
@@ -37,26 +36,22 @@ async fn only_good_tokens_are_accepted() {
             "other secret",
             mint("another-secret-another-secret-another", None),
         ),
-        (
-            "expired",
-            mint_with(secret, claims(&[("exp", hour_ago)]), Algorithm::HS256),
-        ),
+        ("expired", mint_with(secret, claims(&[("exp", hour_ago)]))),
         ("cut off", good[..good.len() - 2].to_owned()),
         (
             "registry token",
             mint_with(
                 secret,
                 claims(&[("repos", json!(["a"])), ("scope", json!("push"))]),
-                Algorithm::HS256,
             ),
         ),
         (
             "build token",
-            mint_with(secret, claims(&[("build_id", json!("b"))]), Algorithm::HS256),
+            mint_with(secret, claims(&[("build_id", json!("b"))])),
         ),
         (
             "builder",
-            mint_with(secret, claims(&[("sub", json!("builder-1"))]), Algorithm::HS256),
+            mint_with(secret, claims(&[("sub", json!("builder-1"))])),
         ),
     ];
     for (name, token) in cases {

@@ -10,6 +10,7 @@
 //! - Without a secret every token is invalid; nothing is ever open by accident.
 //! - Registry tokens never open the API; user tokens open the registry within their image scopes.
 
+mod hs256;
 mod scope;
 mod token;
 

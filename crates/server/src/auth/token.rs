@@ -6,7 +6,7 @@ use std::time::Duration;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
 
-use super::Scope;
+use super::{Scope, hs256};
 
 /// Longest token that is looked at, bytes.
 const MAX_TOKEN: usize = 16 * 1024;
@@ -139,6 +139,7 @@ impl Verifier {
     /// A verifier for tokens signed with `secret`. An empty secret refuses every token.
     #[must_use]
     pub fn new(secret: &str) -> Self {
+        hs256::install();
         let mut validation = Validation::new(Algorithm::HS256);
         validation.algorithms = vec![Algorithm::HS256];
         validation.leeway = 0;
@@ -296,6 +297,7 @@ pub fn mint(
         scope: None,
         build_id: None,
     };
+    hs256::install();
     Ok(jsonwebtoken::encode(
         &Header::new(Algorithm::HS256),
         &claims,
@@ -312,13 +314,22 @@ mod tests {
 
     const SECRET: &str = "a secret of tests";
 
+    /// Signed by other code than the product's, with any length of hash.
     fn sign(algorithm: Algorithm, secret: &str, claims: &serde_json::Value) -> String {
-        jsonwebtoken::encode(
-            &Header::new(algorithm),
-            claims,
-            &EncodingKey::from_secret(secret.as_bytes()),
-        )
-        .unwrap()
+        use hmac::{Hmac, Mac};
+        fn mac<M: Mac + hmac::digest::KeyInit>(secret: &str, text: &str) -> Vec<u8> {
+            let mac = <M as Mac>::new_from_slice(secret.as_bytes()).unwrap();
+            mac.chain_update(text).finalize().into_bytes().to_vec()
+        }
+        let text = unsigned(&json!({"alg": algorithm, "typ": "JWT"}), claims);
+        let text = text.trim_end_matches('.');
+        let signature = match algorithm {
+            Algorithm::HS256 => mac::<Hmac<sha2::Sha256>>(secret, text),
+            Algorithm::HS384 => mac::<Hmac<sha2::Sha384>>(secret, text),
+            _ => mac::<Hmac<sha2::Sha512>>(secret, text),
+        };
+        let signature = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(signature);
+        format!("{text}.{signature}")
     }
 
     fn later() -> i64 {
