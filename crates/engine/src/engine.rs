@@ -153,11 +153,20 @@ impl Engine {
         self.shared.images.manifest(repository, reference)
     }
 
+    /// Bytes of a blob, for a client that does not store it again when it is here: it then stays until a manifest names
+    /// it, or for an hour. `None` when it is not here.
+    ///
+    /// # Errors
+    /// The blob can't be looked at.
+    pub async fn registry_promise_blob(&self, digest: &Digest) -> Result<Option<u64>, EngineError> {
+        self.shared.images.promise_blob(digest).await
+    }
+
     /// Accepts a manifest and starts to make an image of it, named `<host>/<repository>:<tag>`.
     ///
     /// # Errors
-    /// [`EngineError::Invalid`] with the registry's code `MANIFEST_INVALID` or `MANIFEST_BLOB_UNKNOWN`, or what
-    /// parsing it says.
+    /// [`EngineError::Invalid`] with the registry's code `MANIFEST_INVALID` or `MANIFEST_BLOB_UNKNOWN`, with
+    /// `invalid_name` when `host` is another registry's, or what parsing it says.
     pub async fn registry_put_manifest(
         &self,
         host: &str,

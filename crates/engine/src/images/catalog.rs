@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::job::Progress;
 use super::model::{Content, CreateImage, Image, ImageStatus, ReferenceRecord, RuntimeConfig};
+use super::promises::Promises;
 use crate::layout::Layout;
 use crate::{EngineError, ImageOptions, Limits, faults};
 
@@ -38,6 +39,7 @@ pub(crate) struct Catalog {
     /// Held by whoever changes what exists, from the look at it until store, memory and files agree again. Queries
     /// and transfers do without.
     changes: tokio::sync::Mutex<()>,
+    pub(super) promises: Promises,
     /// Fires whenever any image changes.
     pub(super) changed: Notify,
 }
@@ -132,6 +134,7 @@ impl Catalog {
             closing,
             state: Mutex::new(state),
             changes: tokio::sync::Mutex::default(),
+            promises: Promises::default(),
             changed: Notify::new(),
         }))
     }

@@ -1,18 +1,15 @@
 //! Garbage collection: contents that nothing points to, files that belong to no content, blobs that nobody needs.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use hypeman_images::manifest::Document;
-use hypeman_images::{BlobStore, Digest, ImageError};
+use hypeman_images::{Digest, ImageError};
 
 use super::catalog::{Catalog, Changes};
+use super::promises::PROMISE;
 use crate::EngineError;
 use crate::durable;
 use crate::layout::Layout;
-
-/// A blob younger than this may belong to a push that has not sent its manifest yet.
-const MIN_BLOB_AGE: Duration = Duration::from_secs(3600);
 
 impl Catalog {
     /// Removes a content when neither a reference nor an instance needs it.
@@ -56,10 +53,9 @@ impl Catalog {
     /// Removes those of `candidates` that nothing needs.
     async fn remove_blobs(&self, candidates: Vec<String>) -> Result<(), EngineError> {
         let needed = self.needed_blobs().await?;
-        for blob in candidates.iter().filter(|blob| !needed.contains(*blob)) {
-            self.blobs.delete(&Digest::parse(blob)?).await?;
-        }
-        Ok(())
+        let unneeded = candidates.iter().filter(|blob| !needed.contains(*blob));
+        self.delete_blobs(unneeded.filter_map(|blob| Digest::parse(blob).ok()))
+            .await
     }
 
     /// Blobs that a content or a repository of the registry refers to, directly or through an index.
@@ -108,14 +104,14 @@ impl Catalog {
         self.blobs.sweep().await?;
         let _changes = self.changes().await;
         let needed = self.needed_blobs().await?;
-        let old = |blob: &hypeman_images::blobs::BlobInfo| {
-            blob.modified.elapsed().is_ok_and(|age| age >= MIN_BLOB_AGE)
-        };
+        // A younger one may belong to a push or a pull that goes on.
+        let old =
+            |blob: &hypeman_images::blobs::BlobInfo| blob.modified.elapsed().is_ok_and(|age| age >= PROMISE);
         let listed = self.blobs.list().await?;
         let unneeded = listed
             .iter()
             .filter(|blob| old(blob) && !needed.contains(&blob.digest.to_string()));
-        remove_all(&self.blobs, unneeded.map(|blob| blob.digest)).await
+        self.delete_blobs(unneeded.map(|blob| blob.digest)).await
     }
 
     /// At the start: conversions that were cut and root disks without a content.
@@ -128,13 +124,6 @@ impl Catalog {
             .collect();
         sweep(&self.layout, &known).map_err(|error| EngineError::io("sweep unfinished images", error))
     }
-}
-
-async fn remove_all(blobs: &BlobStore, digests: impl Iterator<Item = Digest>) -> Result<(), EngineError> {
-    for digest in digests {
-        blobs.delete(&digest).await?;
-    }
-    Ok(())
 }
 
 fn sweep(layout: &Layout, known: &HashSet<std::path::PathBuf>) -> std::io::Result<()> {

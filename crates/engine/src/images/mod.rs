@@ -15,6 +15,8 @@ mod catalog;
 mod collect;
 mod job;
 mod model;
+mod own_name;
+mod promises;
 mod registry;
 mod supply;
 #[cfg(test)]

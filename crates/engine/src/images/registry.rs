@@ -1,6 +1,6 @@
 //! The registry's repositories: what was pushed here, and how it becomes an image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,6 +10,7 @@ use hypeman_store::{Connection, StoreError, registry};
 
 use super::catalog::{Catalog, Pushed};
 use super::model::{Content, ImageStatus, RuntimeConfig};
+use super::own_name::own_registry;
 use crate::{EngineError, faults};
 
 /// Repositories below this hold build caches: kept, never made into images.
@@ -94,6 +95,7 @@ impl Catalog {
             manifest: row,
             tag: tag.clone(),
         };
+        let registry = own_registry(host, &self.foreign_registries())?;
         let changes = self.changes().await;
         self.check_complete(&document).await?;
         self.blobs.put_bytes(bytes).await?;
@@ -101,12 +103,12 @@ impl Catalog {
         let image = if repository.starts_with(CACHE_PREFIX) {
             None
         } else {
-            self.runnable(document, tag.is_some()).await?
+            self.runnable(document.clone(), tag.is_some()).await?
         };
         // Manifest and image appear together or not at all.
         match image {
             Some(content) => {
-                let name = Reference::from_parts(host, repository, reference)?.to_string();
+                let name = Reference::from_parts(&registry, repository, reference)?.to_string();
                 self.adopt(&changes, name, content, BTreeMap::new(), None, Some(pushed))
                     .await?;
             }
@@ -117,7 +119,21 @@ impl Catalog {
             }
         }
         faults::point("push.manifest.recorded");
+        self.promises_kept(&document).await;
         Ok(digest)
+    }
+
+    /// Registries that images here were pulled from, as far as those are still here.
+    fn foreign_registries(&self) -> BTreeSet<String> {
+        let state = self.state();
+        let upstreams = state
+            .contents
+            .values()
+            .filter_map(|content| content.upstream.as_deref());
+        upstreams
+            .filter_map(|upstream| Reference::parse(upstream).ok())
+            .map(|reference| reference.registry().to_owned())
+            .collect()
     }
 
     /// Removes a tag, or a manifest with all its tags.

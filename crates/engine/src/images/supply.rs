@@ -22,6 +22,13 @@ impl Catalog {
             Some(text) => Platform::parse_supported(text)?,
             None => Platform::host(),
         };
+        if Platform::host().rank(&wanted).is_none() {
+            let message = format!(
+                "instances here run images for {}, not for {wanted}",
+                Platform::host()
+            );
+            return Err(EngineError::invalid("invalid_platform", message));
+        }
         let known = self.get(name);
         let image = match known {
             Ok(image) if image.status != ImageStatus::Failed && image.platform == wanted.to_string() => image,

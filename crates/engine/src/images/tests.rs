@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hypeman_images::{Digest, Platform};
+use hypeman_images::{Digest, Manifest, Platform};
 use hypeman_store::Store;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -145,4 +145,90 @@ async fn blobs_behind_an_index_outlive_their_own_manifests() {
     let needed = catalog.needed_blobs().await.unwrap();
     assert_eq!(blobs.len(), 4);
     assert!(blobs.iter().all(|blob| needed.contains(&blob.digest.to_string())));
+}
+
+#[tokio::test]
+async fn a_blob_that_a_client_was_told_of_stays_until_its_manifest_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = catalog(&directory).await;
+    let manifest = upload(&catalog, &Platform::host()).await;
+    let put = async |tag: &str| {
+        catalog
+            .put_manifest("localhost:1", "app", tag, MANIFEST, manifest.clone())
+            .await
+    };
+    put("latest").await.unwrap();
+    ready(&catalog).await;
+    let blobs = Manifest::parse(manifest.clone(), None).unwrap();
+    let layer = blobs.layers[0].digest;
+    assert_eq!(
+        catalog.promise_blob(&layer).await.unwrap(),
+        Some(blobs.layers[0].size)
+    );
+    assert_eq!(
+        catalog.promise_blob(&blobs.config.digest).await.unwrap(),
+        Some(blobs.config.size)
+    );
+    assert_eq!(catalog.promise_blob(&Digest::of(b"absent")).await.unwrap(), None);
+
+    // The only image that has them goes, and whatever is old is collected: the client can still finish.
+    catalog.delete(NAME).await.unwrap();
+    for blob in [layer, blobs.config.digest] {
+        let path = catalog.blobs().path(&blob);
+        let old = std::time::SystemTime::now() - Duration::from_secs(7200);
+        std::fs::File::open(path).unwrap().set_modified(old).unwrap();
+    }
+    catalog.collect_blobs().await.unwrap();
+    put("latest").await.unwrap();
+    ready(&catalog).await;
+
+    // From then on they are the image's, and go with it.
+    catalog.delete(NAME).await.unwrap();
+    assert!(catalog.blobs().list().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_push_in_another_registrys_name_is_refused_and_leaves_no_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = catalog(&directory).await;
+    let manifest = upload(&catalog, &Platform::host()).await;
+    for host in ["docker.io", "ghcr.io"] {
+        let refused = catalog
+            .put_manifest(host, "library/alpine", "latest", MANIFEST, manifest.clone())
+            .await;
+        assert!(
+            matches!(
+                refused,
+                Err(EngineError::Invalid {
+                    code: "invalid_name",
+                    ..
+                })
+            ),
+            "{refused:?}"
+        );
+    }
+    assert!(catalog.list(&BTreeMap::new()).is_empty());
+}
+
+#[tokio::test]
+async fn an_instance_on_a_foreign_platform_is_refused_before_anything_is_pulled() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = catalog(&directory).await;
+    let foreign = if cfg!(target_arch = "aarch64") {
+        "linux/amd64"
+    } else {
+        "linux/arm64"
+    };
+    for platform in [foreign, "linux/riscv64", "windows/amd64", "nonsense"] {
+        // No such registry exists: a pull would say so.
+        let refused = catalog
+            .ensure_ready("registry.invalid/app:1", Some(platform), Duration::from_secs(60))
+            .await;
+        let is_told = match &refused {
+            Err(EngineError::Invalid { code, .. }) => *code == "invalid_platform",
+            Err(EngineError::Image(error)) => error.code() == "invalid_platform",
+            _ => false,
+        };
+        assert!(is_told, "{platform}: {refused:?}");
+    }
 }

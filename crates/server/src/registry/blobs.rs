@@ -3,7 +3,7 @@
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
-use hypeman_images::Digest;
+use hypeman_images::{Digest, ImageError};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio_util::io::ReaderStream;
 
@@ -22,7 +22,15 @@ pub async fn read(
     headers: &HeaderMap,
     digest: &Digest,
 ) -> RegistryResult<Response> {
-    let (mut file, size) = state.engine.blobs().open_blob(digest).await?;
+    let (file, size) = if method == Method::HEAD {
+        // Who asks so does not store it again when it is here.
+        let size = state.engine.registry_promise_blob(digest).await?;
+        let size = size.ok_or_else(|| ImageError::NotFound(format!("blob {digest}")))?;
+        (None, size)
+    } else {
+        let (file, size) = state.engine.blobs().open_blob(digest).await?;
+        (Some(file), size)
+    };
     let range = headers
         .get(header::RANGE)
         .and_then(|value| value.to_str().ok())
@@ -39,9 +47,7 @@ pub async fn read(
             return Err(failure.with(header::CONTENT_RANGE, format!("bytes */{size}")));
         }
     };
-    let mut response = if method == Method::HEAD {
-        empty(status)
-    } else {
+    let mut response = if let Some(mut file) = file {
         if start > 0 {
             file.seek(std::io::SeekFrom::Start(start))
                 .await
@@ -56,6 +62,8 @@ pub async fn read(
         )));
         *response.status_mut() = status;
         response
+    } else {
+        empty(status)
     };
     set(&mut response, CONTENT_DIGEST, &digest.to_string());
     set(&mut response, header::ETAG, &format!("\"{digest}\""));

@@ -7,8 +7,8 @@ use axum::http::{HeaderName, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
-use hypeman_images::Digest;
 use hypeman_images::blobs::{ContentRange, UploadId};
+use hypeman_images::{Digest, ImageError};
 use percent_encoding::percent_decode_str;
 
 use super::error::{RegistryFailure, RegistryResult, range};
@@ -33,7 +33,7 @@ pub async fn start(
         let readable = query
             .get("from")
             .is_none_or(|from| grant.allows(Some(from), RegistryAccess::Pull));
-        if readable && state.engine.blobs().exists(&digest).await? {
+        if readable && state.engine.registry_promise_blob(&digest).await?.is_some() {
             return Ok(created(&repository, &digest));
         }
     }
@@ -48,7 +48,7 @@ pub async fn start(
             .blobs()
             .put_stream(body(request), &digest, length)
             .await?;
-        return Ok(created(&repository, &digest));
+        return stored(state, &repository, &digest).await;
     }
     let id = state.engine.blobs().start_upload().await?;
     Ok(accepted(StatusCode::ACCEPTED, &repository, &id, 0))
@@ -106,7 +106,7 @@ pub async fn finish(
             .map_err(of_upload)?;
     }
     blobs.finish_upload(&id, &digest).await.map_err(of_upload)?;
-    Ok(created(repository, &digest))
+    stored(state, repository, &digest).await
 }
 
 /// `DELETE` of a session: it is forgotten.
@@ -124,7 +124,7 @@ fn session(id: &str) -> RegistryResult<UploadId> {
     id.parse().map_err(of_upload)
 }
 
-fn of_upload(error: hypeman_images::ImageError) -> RegistryFailure {
+fn of_upload(error: ImageError) -> RegistryFailure {
     RegistryFailure::from(error).of_upload()
 }
 
@@ -179,6 +179,15 @@ fn accepted(status: StatusCode, repository: &str, id: &UploadId, offset: u64) ->
     set(&mut response, UPLOAD_ID, &id.to_string());
     set(&mut response, header::RANGE, &range(offset));
     response
+}
+
+/// The answer to a blob that came whole. It stays until its manifest comes.
+async fn stored(state: &AppState, repository: &str, digest: &Digest) -> RegistryResult<Response> {
+    match state.engine.registry_promise_blob(digest).await? {
+        Some(_) => Ok(created(repository, digest)),
+        // Taken away in the instant between: the client sends it again.
+        None => Err(of_upload(ImageError::NotFound(format!("blob {digest}")))),
+    }
 }
 
 fn created(repository: &str, digest: &Digest) -> Response {

@@ -120,6 +120,47 @@ async fn both_forms_of_authorization() {
 }
 
 #[tokio::test]
+async fn an_image_is_named_after_the_address_that_was_pushed_to_and_no_other_registrys() {
+    let server = Server::start().await;
+    let client = Client::new(&server);
+    let config = config();
+    client.push("library/alpine", &config).await;
+    client.push("library/alpine", &EMPTY_LAYER).await;
+    let put = async |host: &str| {
+        let headers = [("content-type", MANIFEST), ("host", host)];
+        client
+            .send(
+                Method::PUT,
+                "/v2/library/alpine/manifests/latest",
+                &headers,
+                &manifest(&config),
+            )
+            .await
+    };
+    for host in ["docker.io", "registry-1.docker.io:443", "quay.io", "a b"] {
+        let answer = put(host).await;
+        assert_eq!(
+            (answer.status, code(&answer).as_str()),
+            (StatusCode::BAD_REQUEST, "NAME_INVALID"),
+            "{host}"
+        );
+    }
+    assert_eq!(server.get("/images").await.json(), json!([]));
+    for (host, registry) in [
+        ("hypeman.example.com", "hypeman.example.com"),
+        ("hypeman", "hypeman:80"),
+    ] {
+        assert_eq!(put(host).await.status, StatusCode::CREATED);
+        let name = format!("{registry}/library/alpine:latest").replace('/', "%2F");
+        assert_eq!(
+            server.get(&format!("/images/{name}")).await.status,
+            StatusCode::OK
+        );
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn limited_tokens_keep_to_their_scopes() {
     let server = Server::start().await;
     let reader = Client {
