@@ -13,13 +13,21 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
-    pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
+    pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice},
 };
 use tokio::sync::watch;
 
 use super::port;
 
 const PIPE_BYTES: usize = 256 * 1024;
+
+/// Largest pipe that is spliced: QEMU takes at most 1,024 pieces at once. Programs without privilege cannot make a
+/// larger one.
+const MAXIMUM_SPLICED: usize = 1 << 20;
+
+/// More than any pipe holds. The port's driver makes a list of as many pieces as the pipe has and then hands on all of
+/// the list, also when the length let it fill only a part: the rest is garbage that breaks the whole device.
+const WHOLE_PIPE: usize = 1 << 30;
 
 /// Where output goes: the log port, else the console.
 pub(super) struct Sink(File);
@@ -70,8 +78,8 @@ fn move_all(reader: &OwnedFd, sink: &File) {
         if !set[0].revents().contains(PollFlags::IN) {
             return;
         }
-        if spliceable {
-            match splice(reader, None, sink.as_fd(), None, 64 * 1024, SpliceFlags::MOVE) {
+        if spliceable && fcntl_getpipe_size(reader).is_ok_and(|size| size <= MAXIMUM_SPLICED) {
+            match splice(reader, None, sink.as_fd(), None, WHOLE_PIPE, SpliceFlags::MOVE) {
                 Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(_) => spliceable = false,
             }
