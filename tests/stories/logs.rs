@@ -98,6 +98,50 @@ async fn rotation_loses_and_repeats_no_line() {
 }
 
 #[tokio::test]
+async fn a_log_that_floods_is_rotated_before_its_turn() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let settings = vec![
+        ("logging.max_size", json!("64KB")),
+        ("logging.max_files", json!(1)),
+        ("logging.rotate_interval", json!("24h")),
+    ];
+    let server = Server::start_with(ServerOptions {
+        settings,
+        ..ServerOptions::default()
+    })
+    .await;
+    let image = server.busybox().await;
+    let program = "i=1; while :; do echo line $i of a flood that does not end; i=$((i+1)); done";
+    let guest = server.run(&image, json!({"cmd": ["sh", "-c", program]})).await;
+    hypeman_tests::eventually("the first line is rotated away", || async {
+        let lines = guest.logs("tail=10000000").await.all().await;
+        !lines.is_empty() && !lines.contains(&"line 1 of a flood that does not end".to_owned())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn two_hundred_logs_are_followed_at_once() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let program = "until test -e /tmp/go; do sleep 1; done; echo the end; sleep 1000";
+    let guest = server.run(&image, json!({"cmd": ["sh", "-c", program]})).await;
+    let mut followers = Vec::new();
+    for _ in 0..200 {
+        followers.push(guest.logs("follow=true").await);
+    }
+    guest.output("touch /tmp/go").await;
+    for follower in &mut followers {
+        follower.wait_for("the end").await;
+    }
+    guest.delete().await;
+    for mut follower in followers {
+        while follower.next().await.is_some() {}
+    }
+}
+
+#[tokio::test]
 async fn the_log_goes_on_while_the_server_is_down() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;

@@ -56,6 +56,8 @@ impl Engine {
         self.shared.tasks.spawn(async move {
             let closing = shared.closing.clone();
             let mut rotation = tokio::time::interval(shared.options.logs.rotate_interval);
+            let mut growth = tokio::time::interval(instances::GROWTH_CHECK);
+            growth.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             let mut collection = tokio::time::interval(COLLECTION_INTERVAL);
             loop {
                 tokio::select! {
@@ -63,6 +65,11 @@ impl Engine {
                     _ = rotation.tick() => {
                         for slot in shared.table.slots() {
                             // A driver that is busy looks at the next turn.
+                            let _ = slot.requests.try_send(Request::RotateLogs);
+                        }
+                    }
+                    _ = growth.tick() => {
+                        for slot in instances::overgrown(&shared).await {
                             let _ = slot.requests.try_send(Request::RotateLogs);
                         }
                     }
@@ -380,7 +387,25 @@ impl Engine {
     ) -> Result<LogFollower, EngineError> {
         let slot = self.shared.table.get(id)?;
         let path = self.shared.layout.logs(&slot.id).join(source.file_name());
-        LogFollower::open(&path, self.shared.options.logs.max_files, tail, follow).await
+        let max_files = self.shared.options.logs.max_files;
+        if !follow {
+            return LogFollower::open(&path, max_files, tail, None).await;
+        }
+        let (mut published, closing) = (slot.published.clone(), self.shared.closing.clone());
+        let gone = async move {
+            while published.changed().await.is_ok() {}
+            if closing.is_cancelled() {
+                // The instance is still there, and another server will go on.
+                std::future::pending().await
+            }
+        };
+        LogFollower::open(
+            &path,
+            max_files,
+            tail,
+            Some((&self.shared.log_watcher, Box::pin(gone))),
+        )
+        .await
     }
 
     /// Carries work out to its end, also when the caller is dropped: a client that goes away must not leave

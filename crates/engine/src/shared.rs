@@ -14,7 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::durable::{DirectoryLock, lock_directory};
 use crate::images::Catalog;
-use crate::instances::{InstanceRecord, Table};
+use crate::instances::{InstanceRecord, LogWatcher, Table};
 use crate::layout::{Layout, make_private};
 use crate::{EngineError, EngineOptions};
 
@@ -25,6 +25,7 @@ pub(crate) struct Shared {
     pub(crate) layout: Layout,
     pub(crate) store: Store,
     pub(crate) table: Table,
+    pub(crate) log_watcher: LogWatcher,
     pub(crate) images: Arc<Catalog>,
     pub(crate) vmms: Vmms,
     pub(crate) tasks: TaskTracker,
@@ -67,6 +68,7 @@ impl Shared {
             layout,
             store,
             table: Table::default(),
+            log_watcher: LogWatcher::default(),
             images,
             vmms,
             tasks,

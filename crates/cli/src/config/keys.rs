@@ -121,7 +121,11 @@ pub const KEYS: &[Key] = &[
         "a log of an instance larger than this is rotated",
     ),
     key("logging.max_files", "1", "rotated logs that are kept"),
-    key("logging.rotate_interval", "5m", "how often sizes are looked at"),
+    key(
+        "logging.rotate_interval",
+        "5m",
+        "how often sizes are looked at; those of running machines every 2 s besides",
+    ),
 ];
 
 /// The family of keys whose last part is free: `logging.levels.<subsystem>`.

@@ -10,17 +10,17 @@
 //!   the name *and* the old one was read to its end after that.
 //! - Memory is bounded: lines are found by scanning backwards in blocks and then streamed; a line longer than
 //!   [`MAX_LINE`] is handed out in pieces.
-//! - Following waits for inotify, it never polls.
+//! - Following waits for inotify (see `log_watch`), it never polls.
 
 use std::io::{self, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use futures::{FutureExt, StreamExt};
-use inotify::{EventMask, EventStream, Inotify, WatchMask};
+use futures::future::BoxFuture;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 
+use super::log_watch::{LogWatcher, Watched};
 use crate::EngineError;
 
 /// Longest piece of a line that is handed out at once, in bytes.
@@ -37,12 +37,18 @@ pub struct LogFollower {
     pending: Vec<(File, u64)>,
     current: Option<File>,
     inode: u64,
-    events: Option<EventStream<[u8; 1024]>>,
+    following: Option<Following>,
     buffer: Vec<u8>,
     /// Bytes of `buffer` known to hold no line end.
     scanned: usize,
     /// Bytes of `buffer` already handed out.
     consumed: usize,
+}
+
+/// What a follower waits for.
+struct Following {
+    watched: Watched,
+    gone: BoxFuture<'static, ()>,
 }
 
 impl std::fmt::Debug for LogFollower {
@@ -54,7 +60,8 @@ impl std::fmt::Debug for LogFollower {
 }
 
 impl LogFollower {
-    /// Opens the log at `path` so that the last `tail` lines come first.
+    /// Opens the log at `path` so that the last `tail` lines come first. To follow it takes the watcher, and what
+    /// resolves when nothing can come any more because the instance is gone.
     ///
     /// # Errors
     /// [`EngineError::LogNotFound`] when it was never written.
@@ -62,17 +69,20 @@ impl LogFollower {
         path: &Path,
         max_files: u32,
         tail: usize,
-        follow: bool,
+        follow: Option<(&LogWatcher, BoxFuture<'static, ()>)>,
     ) -> Result<Self, EngineError> {
         // The watch comes first: what is written between the two is seen by one of them.
-        let events = if follow {
-            Some(watch(path).map_err(|error| match error.kind() {
-                // The instance is just being made, or removed.
-                io::ErrorKind::NotFound => EngineError::LogNotFound,
-                _ => read_error(error),
-            })?)
-        } else {
-            None
+        let following = match follow {
+            Some((watcher, gone)) => {
+                let watched = watcher.watch(path.parent().unwrap_or(Path::new("/")));
+                let watched = watched.map_err(|error| match error.kind() {
+                    // The instance is just being made, or removed.
+                    io::ErrorKind::NotFound => EngineError::LogNotFound,
+                    _ => read_error(error),
+                })?;
+                Some(Following { watched, gone })
+            }
+            None => None,
         };
         let mut files = Vec::new();
         let mut inode = 0;
@@ -110,7 +120,7 @@ impl LogFollower {
             pending,
             current: None,
             inode,
-            events,
+            following,
             buffer: Vec::new(),
             scanned: 0,
             consumed: 0,
@@ -132,20 +142,16 @@ impl LogFollower {
             if self.advance().await.map_err(read_error)? {
                 continue;
             }
-            let Some(events) = self.events.as_mut() else {
+            let Some(following) = self.following.as_mut() else {
                 return Ok(self.take_rest());
             };
-            let mut removed = is_end(events.next().await.as_ref());
-            // One look at the files answers all events that are there by now.
-            while let Some(event) = events.next().now_or_never() {
-                removed |= is_end(event.as_ref());
-                if event.is_none() {
-                    break;
-                }
-            }
-            if removed {
+            let more = tokio::select! {
+                more = following.watched.changed() => more,
+                () = &mut following.gone => false,
+            };
+            if !more {
                 // The instance is gone: what is left in open files is all that will ever come.
-                self.events = None;
+                self.following = None;
             }
         }
     }
@@ -211,10 +217,10 @@ impl LogFollower {
             self.current = None;
             return Ok(true);
         }
-        if self.events.is_none() {
+        if self.following.is_none() {
             return Ok(false);
         }
-        let newer = self.newer_files().await?;
+        let newer = newer_files(&self.path, self.max_files, self.inode).await?;
         if newer.is_empty() {
             return Ok(false);
         }
@@ -227,33 +233,33 @@ impl LogFollower {
         self.current = None;
         Ok(true)
     }
+}
 
-    /// Files that came after the one being read, newest first, with their inodes.
-    async fn newer_files(&self) -> io::Result<Vec<(File, u64)>> {
-        let mut newer: Vec<(File, u64)> = Vec::new();
-        for number in 0..=self.max_files {
-            let path = if number == 0 {
-                self.path.clone()
-            } else {
-                rotated(&self.path, number)
-            };
-            let file = match File::open(&path).await {
-                Ok(file) => file,
-                // Just renamed, and its successor not there yet: the next event tells.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-                Err(error) => return Err(error),
-            };
-            let inode = file.metadata().await?.ino();
-            if inode == self.inode {
-                break;
-            }
-            // A rotation in the middle of this loop shows a file under two names.
-            if newer.iter().all(|(_, other)| *other != inode) {
-                newer.push((file, inode));
-            }
+/// Files that came after the one with this inode, newest first, with their inodes.
+async fn newer_files(path: &Path, max_files: u32, current: u64) -> io::Result<Vec<(File, u64)>> {
+    let mut newer: Vec<(File, u64)> = Vec::new();
+    for number in 0..=max_files {
+        let name = if number == 0 {
+            path.to_owned()
+        } else {
+            rotated(path, number)
+        };
+        let file = match File::open(&name).await {
+            Ok(file) => file,
+            // Just renamed, and its successor not there yet: the next event tells.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Err(error) => return Err(error),
+        };
+        let inode = file.metadata().await?.ino();
+        if inode == current {
+            break;
         }
-        Ok(newer)
+        // A rotation in the middle of this loop shows a file under two names.
+        if newer.iter().all(|(_, other)| *other != inode) {
+            newer.push((file, inode));
+        }
     }
+    Ok(newer)
 }
 
 /// Name of the `number`-th rotated file.
@@ -261,14 +267,6 @@ pub(crate) fn rotated(path: &Path, number: u32) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{number}"));
     PathBuf::from(name)
-}
-
-/// Whether nothing can follow: the watched directory is gone, or the watch itself.
-fn is_end(event: Option<&io::Result<inotify::EventOwned>>) -> bool {
-    match event {
-        Some(Ok(event)) => event.mask.intersects(EventMask::DELETE | EventMask::IGNORED),
-        Some(Err(_)) | None => true,
-    }
 }
 
 fn read_error(error: io::Error) -> EngineError {
@@ -281,23 +279,6 @@ fn without_carriage_return(mut line: Vec<u8>) -> Vec<u8> {
         line.pop();
     }
     line
-}
-
-fn watch(path: &Path) -> io::Result<EventStream<[u8; 1024]>> {
-    let inotify = Inotify::init()?;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    inotify.watches().add(
-        directory,
-        WatchMask::MODIFY | WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR,
-    )?;
-    // A directory tells of its own end only when nobody has a file of it open any more, and a follower has one. Its
-    // parent tells at once; other things are deleted there only with the whole instance.
-    if let Some(parent) = directory.parent() {
-        inotify
-            .watches()
-            .add(parent, WatchMask::DELETE | WatchMask::ONLYDIR)?;
-    }
-    inotify.into_event_stream([0; 1024])
 }
 
 /// Offset of the last `wanted` lines of `file`, and how many there are.
@@ -337,6 +318,21 @@ mod tests {
 
     use super::*;
 
+    async fn opened(path: &Path, tail: usize) -> Result<LogFollower, EngineError> {
+        LogFollower::open(path, 1, tail, None).await
+    }
+
+    /// What keeps a log being followed: dropped, the instance is gone.
+    struct Life(LogWatcher, #[allow(dead_code)] tokio::sync::oneshot::Sender<()>);
+
+    async fn followed(path: &Path) -> Result<(LogFollower, Life), EngineError> {
+        let (sender, gone) = tokio::sync::oneshot::channel();
+        let life = Life(LogWatcher::default(), sender);
+        let gone = Box::pin(async move { drop(gone.await) });
+        let follower = LogFollower::open(path, 1, 10, Some((&life.0, gone))).await?;
+        Ok((follower, life))
+    }
+
     async fn lines(follower: &mut LogFollower) -> Vec<String> {
         let mut all = Vec::new();
         while let Some(line) = follower.next().await.unwrap() {
@@ -351,16 +347,16 @@ mod tests {
         let path = directory.path().join("app.log");
         std::fs::write(rotated(&path, 1), "one\ntwo\nthree\n").unwrap();
         std::fs::write(&path, "four\r\nfive").unwrap();
-        let mut follower = LogFollower::open(&path, 1, 3, false).await.unwrap();
+        let mut follower = opened(&path, 3).await.unwrap();
         assert_eq!(lines(&mut follower).await, ["three", "four", "five"]);
-        let mut all = LogFollower::open(&path, 1, 100, false).await.unwrap();
+        let mut all = opened(&path, 100).await.unwrap();
         assert_eq!(lines(&mut all).await, ["one", "two", "three", "four", "five"]);
     }
 
     #[tokio::test]
     async fn a_log_that_was_never_written_is_not_found() {
         let directory = tempfile::tempdir().unwrap();
-        let missing = LogFollower::open(&directory.path().join("app.log"), 1, 10, false).await;
+        let missing = opened(&directory.path().join("app.log"), 10).await;
         assert!(matches!(missing, Err(EngineError::LogNotFound)));
     }
 
@@ -370,12 +366,13 @@ mod tests {
         let logs = directory.path().join("instance/logs");
         std::fs::create_dir_all(&logs).unwrap();
         let path = logs.join("app.log");
-        let early = LogFollower::open(&logs.join("none/app.log"), 1, 10, true).await;
+        let early = followed(&logs.join("none/app.log")).await;
         assert!(matches!(early, Err(EngineError::LogNotFound)));
         std::fs::write(&path, "one\nlast").unwrap();
-        let mut follower = LogFollower::open(&path, 1, 10, true).await.unwrap();
+        let (mut follower, life) = followed(&path).await.unwrap();
         assert_eq!(follower.next().await.unwrap().unwrap(), b"one");
         std::fs::remove_dir_all(&logs).unwrap();
+        drop(life);
         assert_eq!(lines(&mut follower).await, ["last"]);
     }
 
@@ -384,7 +381,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("app.log");
         std::fs::write(rotated(&path, 1), "one\n").unwrap();
-        let mut follower = LogFollower::open(&path, 1, 10, true).await.unwrap();
+        let (mut follower, _life) = followed(&path).await.unwrap();
         assert_eq!(follower.next().await.unwrap().unwrap(), b"one");
         std::fs::write(&path, "two\n").unwrap();
         assert_eq!(follower.next().await.unwrap().unwrap(), b"two");
@@ -396,7 +393,7 @@ mod tests {
         let path = directory.path().join("app.log");
         let long = "x".repeat(1 << 20);
         std::fs::write(&path, format!("a\n{long}\nb\n")).unwrap();
-        let mut follower = LogFollower::open(&path, 1, 2, false).await.unwrap();
+        let mut follower = opened(&path, 2).await.unwrap();
         assert_eq!(lines(&mut follower).await, [long, "b".into()]);
     }
 
@@ -405,7 +402,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("app.log");
         let mut writer = std::fs::File::create(&path).unwrap();
-        let mut follower = LogFollower::open(&path, 1, 10, true).await.unwrap();
+        let (mut follower, _life) = followed(&path).await.unwrap();
         let (progress, reached) = std::sync::mpsc::channel();
         let writing = {
             let path = path.clone();
@@ -451,7 +448,7 @@ mod tests {
             std::fs::write(&path, &content).unwrap();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let found = runtime.block_on(async {
-                lines(&mut LogFollower::open(&path, 1, tail, false).await.unwrap()).await
+                lines(&mut opened(&path, tail).await.unwrap()).await
             });
             let all: Vec<&str> = content.lines().collect();
             prop_assert_eq!(found, all[all.len().saturating_sub(tail)..].to_vec());

@@ -6,6 +6,7 @@ mod create;
 pub(crate) mod disks;
 mod driver;
 mod link;
+mod log_watch;
 mod logs;
 mod model;
 mod recovery;
@@ -15,10 +16,12 @@ mod table;
 
 pub(crate) use create::create;
 pub(crate) use driver::Request;
+pub(crate) use log_watch::LogWatcher;
 pub use logs::LogFollower;
 pub use model::{
     CreateInstance, Expiry, Instance, InstanceFilter, InstanceRecord, InstanceStats, InstanceUpdate,
     LogSource, NetworkRecord, NetworkRequest, RunRecord, StartOverrides, WaitOutcome,
 };
 pub(crate) use recovery::recover;
+pub(crate) use rotation::{GROWTH_CHECK, overgrown};
 pub(crate) use table::{Slot, Table};

@@ -2,20 +2,47 @@
 //!
 //! Nothing is copied and nothing truncated, so no line can be lost or doubled: the VMM writes to the old file
 //! until it has opened the new one. A VMM that could not be told is told at the next turn.
+//!
+//! Turns come at the configured interval, and at once for a running machine whose log is seen to be too large: a
+//! guest that floods must not fill the disk until its turn.
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::driver::Driver;
 use super::logs::rotated;
+use super::table::Slot;
 use crate::LogOptions;
+use crate::shared::Shared;
+
+const LOGS: [&str; 3] = ["app.log", "vmm.log", "hypeman.log"];
+/// How often the logs of running machines are looked at: three cheap calls each.
+pub(crate) const GROWTH_CHECK: Duration = Duration::from_secs(2);
+
+/// Running instances with a log that is too large.
+pub(crate) async fn overgrown(shared: &Arc<Shared>) -> Vec<Arc<Slot>> {
+    let mut slots = shared.table.slots();
+    slots.retain(|slot| slot.live.machine().is_some());
+    let (layout, limit) = (shared.layout.clone(), shared.options.logs.max_size);
+    let look = move || {
+        slots.retain(|slot| {
+            let logs = layout.logs(&slot.id);
+            let size = |name| std::fs::metadata(logs.join(name)).map_or(0, |metadata| metadata.len());
+            LOGS.into_iter().any(|name| size(name) > limit)
+        });
+        slots
+    };
+    tokio::task::spawn_blocking(look).await.unwrap_or_default()
+}
 
 impl Driver {
     /// Rotates what has grown too large.
     pub(super) async fn rotate_logs(&mut self) {
         let options = self.shared.options.logs;
         let logs = self.shared.layout.logs(&self.record.id);
-        for name in ["app.log", "vmm.log", "hypeman.log"] {
+        for name in LOGS {
             let path = logs.join(name);
             let renamed = match std::fs::metadata(&path) {
                 Ok(metadata) if metadata.len() <= options.max_size => continue,
