@@ -117,7 +117,7 @@ pub struct Reconfiguration {
     pub hostname: String,
     /// Wall clock of the host, nanoseconds since 1970.
     pub time_unix_nanos: i128,
-    /// Fresh bytes for the kernel's entropy pool, credited; the pool is reseeded at once.
+    /// Fresh bytes for the kernel's entropy pool, at least 32, credited; the generator takes new keys at once.
     pub entropy: Vec<u8>,
     /// Address of the first interface; `None` takes its address away.
     pub network: Option<NetworkConfig>,

@@ -35,6 +35,9 @@ use crate::AgentKey;
 /// Version of everything above the handshake.
 pub const VERSION: u16 = 1;
 
+/// Time until the preamble is sent for the second time; from then on it doubles.
+const FIRST_REPEAT: std::time::Duration = std::time::Duration::from_millis(4);
+
 const MARK: usize = 16;
 const NONCE: usize = 32;
 const PROOF: usize = 32;
@@ -130,8 +133,9 @@ async fn find_mark<R: AsyncRead + Unpin>(reader: &mut R, marks: &[&[u8]]) -> io:
     }
 }
 
-/// The host's side. Sends the preamble again each `repeat` until an answer comes; the caller sets the deadline
-/// by dropping the future. The stream is positioned exactly behind the guest's begin afterwards.
+/// The host's side. Sends the preamble again until an answer comes, soon at first and then each `repeat`: a guest
+/// that was just restored loses one while it notices that its former host is gone. The caller sets the deadline by
+/// dropping the future. The stream is positioned exactly behind the guest's begin afterwards.
 ///
 /// # Errors
 /// See [`HandshakeError`].
@@ -162,13 +166,14 @@ pub async fn host<S: AsyncRead + AsyncWrite + Unpin>(
             Ok::<(), io::Error>(())
         };
         tokio::pin!(read);
+        let mut pause = repeat.min(FIRST_REPEAT);
         loop {
             // Never given up half-way: a torn preamble would swallow the head of the proof that follows.
             writer.write_all(&preamble).await?;
             writer.flush().await?;
             tokio::select! {
                 result = &mut read => { result?; break }
-                () = tokio::time::sleep(repeat) => {}
+                () = tokio::time::sleep(pause) => pause = repeat.min(pause * 2),
             }
         }
     }

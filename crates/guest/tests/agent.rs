@@ -494,3 +494,42 @@ async fn files_links_and_trees_go_both_ways() {
             .exists
     );
 }
+
+#[tokio::test]
+async fn a_new_key_ends_what_was_connected_with_the_old_one() {
+    let (guest, bystander) = Guest::configured().await;
+    let (heir, _events) = guest.connect(Some(&KEY)).await;
+    let key = AgentKey([9; 32]);
+    let identity = Reconfiguration {
+        key: key.clone(),
+        instance_id: "other".into(),
+        hostname: "other".into(),
+        time_unix_nanos: 0,
+        entropy: vec![1; 64],
+        network: None,
+    };
+    heir.reconfigure(&identity).await.unwrap();
+    bystander.closed().await;
+    heir.ping(LONG).await.unwrap();
+    let (later, _events) = guest.connect(Some(&key)).await;
+    later.ping(LONG).await.unwrap();
+    heir.ping(LONG).await.unwrap();
+
+    // It is the turn of the heir when the key changes again.
+    later.reconfigure(&identity).await.unwrap();
+    heir.closed().await;
+    later.ping(LONG).await.unwrap();
+    let (near, far) = UnixStream::pair().unwrap();
+    guest.0.send(far).unwrap();
+    near.set_nonblocking(true).unwrap();
+    let near = tokio::net::UnixStream::from_std(near).unwrap();
+    let refused = GuestClient::connect(near, Some(&KEY), LONG).await.err().unwrap();
+    assert!(matches!(refused, ChannelError::NotAuthentic), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_clock_that_cannot_be_set_is_told() {
+    let (_guest, client) = Guest::configured().await;
+    let refused = client.synchronise_clock().await.err().unwrap();
+    assert_eq!(refused.refusal(), Some(RefusalCode::Failed));
+}

@@ -9,6 +9,7 @@
 //! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
 
 mod machine;
+mod memory;
 mod probe;
 mod process;
 mod qemu;
@@ -16,8 +17,10 @@ mod registry;
 mod spec;
 
 pub use machine::{
-    Capabilities, ExitCause, ExitKind, Feature, Machine, MachineStats, RunState, Vmm, VmmError, VmmKind,
+    Capabilities, DiskCopies, DiskCopy, ExitCause, ExitKind, Feature, Machine, MachineStats, Patch, Restore,
+    RunState, StateIdentity, Vmm, VmmError, VmmKind,
 };
+pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};
 pub use registry::{VmmOptions, Vmms};
-pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, Nic};
+pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, MemoryBacking, Nic};

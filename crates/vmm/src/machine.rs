@@ -1,13 +1,14 @@
 //! The trait that every VMM driver implements, and its errors.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fmt, io};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::{Accelerator, AgentChannel, MachineSpec, ProcessIdentity};
+use crate::{Accelerator, AgentChannel, GuestMemory, MachineSpec, ProcessIdentity};
 
 /// The five kinds of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -189,6 +190,69 @@ pub enum VmmError {
     },
 }
 
+/// What a device state needs to be loaded again. Two states are interchangeable only when these are equal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateIdentity {
+    /// Which driver wrote it.
+    pub vmm: VmmKind,
+    /// Version of the VMM, as its binary reports it.
+    pub version: String,
+    /// Versioned machine type.
+    pub machine: String,
+    /// Processor model that the guest sees; that of the host where the guest sees the host's.
+    pub cpu: String,
+    /// What ran guest code.
+    pub accelerator: Accelerator,
+}
+
+/// Writes pages over the memory of a machine that has not run yet.
+pub type Patch = Box<dyn FnOnce(&GuestMemory) -> io::Result<()> + Send>;
+
+/// What makes a fresh process the captured machine.
+pub struct Restore {
+    /// From [`Machine::save_devices`], verified by the caller.
+    pub device_state: Vec<u8>,
+    /// Pages that differ from [`MachineSpec::memory`]. Runs on a thread that may block.
+    pub patch: Option<Patch>,
+}
+
+impl fmt::Debug for Restore {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Restore")
+            .field("device_state_bytes", &self.device_state.len())
+            .field("has_patch", &self.patch.is_some())
+            .finish()
+    }
+}
+
+/// One disk to copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskCopy {
+    /// Index in [`MachineSpec::disks`]; a writable disk.
+    pub disk: usize,
+    /// The copy: a raw file that does not exist yet.
+    pub target: PathBuf,
+}
+
+/// Copies of disks, all of one instant. Dropping it cancels them.
+///
+/// ```text
+/// prepare (running) ─► begin (paused: the instant) ─► finish (running again)
+/// ```
+#[async_trait]
+pub trait DiskCopies: Send + fmt::Debug {
+    /// Fixes the instant. Called once, while the machine is paused; the copying itself goes on while it runs.
+    async fn begin(&mut self) -> Result<(), VmmError>;
+
+    /// Waits until every copy is whole and on stable storage (its name is for the caller to sync). Holes of a disk
+    /// are holes of its copy. On error the caller removes the targets.
+    async fn finish(self: Box<Self>) -> Result<(), VmmError>;
+
+    /// Stops copying and lets go of the targets, which the caller removes.
+    async fn cancel(self: Box<Self>);
+}
+
 /// A kind of VMM on this host.
 #[async_trait]
 pub trait Vmm: Send + Sync + std::fmt::Debug {
@@ -205,6 +269,16 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
     /// Starts the process and boots the machine; returns once the VMM answers on its socket and vCPUs run.
     /// On error nothing is left behind: no process, no socket.
     async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError>;
+
+    /// Starts the process with the devices of `spec`, writes the patch over its memory and loads the device
+    /// state. The machine is paused until [`Machine::resume`]. On error nothing is left behind.
+    ///
+    /// `spec` must have the same processors, memory size and devices in the same order as the machine that was
+    /// captured; paths, the TAP and the MAC may differ (the guest keeps the old MAC until it is told another).
+    async fn restore(&self, spec: &MachineSpec, restore: Restore) -> Result<Box<dyn Machine>, VmmError>;
+
+    /// What a device state that is written here now needs to be loaded again.
+    async fn state_identity(&self) -> Result<StateIdentity, VmmError>;
 
     /// Takes back a machine that another server process started. `Gone` when no such process lives.
     async fn adopt(
@@ -244,6 +318,17 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
 
     /// Lets the vCPUs go on.
     async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Where guest memory lies. Its contents are of one instant only while the machine is paused.
+    async fn guest_memory(&self) -> Result<GuestMemory, VmmError>;
+
+    /// The state of all devices and processors of a paused machine. Guest memory is not in it, and may be copied
+    /// meanwhile.
+    async fn save_devices(&self) -> Result<Vec<u8>, VmmError>;
+
+    /// Opens the targets of copies and writes back what the host has cached of the disks, so that the pause, with
+    /// [`DiskCopies::begin`] in it, costs next to nothing. On error no target is left.
+    async fn prepare_disk_copies(&self, copies: &[DiskCopy]) -> Result<Box<dyn DiskCopies>, VmmError>;
 
     /// Presses the power button (ACPI) where there is one. Returns when pressed, not when the guest is off.
     async fn power_button(&self) -> Result<(), VmmError>;

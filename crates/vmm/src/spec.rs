@@ -16,9 +16,8 @@ pub struct MachineSpec {
     pub cpus: u32,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
-    /// File that backs guest memory (shared mapping), so that capture need not copy it. Created sparse by the
-    /// driver at launch if absent. `None`: anonymous memory.
-    pub memory_file: Option<PathBuf>,
+    /// What guest memory is made of.
+    pub memory: MemoryBacking,
     /// Uncompressed PVH-bootable kernel.
     pub kernel: PathBuf,
     /// Initial RAM file system that holds the guest program.
@@ -32,8 +31,20 @@ pub struct MachineSpec {
     /// File that receives what the workload prints (binary safe, appended). The driver connects it to the
     /// guest's log port; it keeps receiving while the server is down.
     pub workload_log: PathBuf,
-    /// File that receives the kernel console and the VMM's own standard output and error (appended).
+    /// File that receives the kernel console and the VMM's own standard output and error (appended). What a
+    /// restored VMM says itself is kept in memory, at most 64 KiB of it.
     pub vmm_log: PathBuf,
+}
+
+/// What lies behind guest memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryBacking {
+    /// Nothing: zeroed memory.
+    #[default]
+    Anonymous,
+    /// This file, at least as long as the memory, mapped copy-on-write: what the guest writes is seen by nobody
+    /// else, and the file is never written.
+    Private(PathBuf),
 }
 
 /// A raw block device.

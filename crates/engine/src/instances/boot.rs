@@ -14,7 +14,7 @@ use hypeman_core::instance::Observation;
 use hypeman_guest_api::{AgentKey, GuestConfig, InitMode, NetworkConfig, Program, is_init_command};
 use hypeman_network::Attachment;
 use hypeman_store::journal;
-use hypeman_vmm::{Disk, IoLimit, Machine, MachineSpec, Nic, VmmError};
+use hypeman_vmm::{Disk, IoLimit, Machine, MachineSpec, MemoryBacking, Nic, VmmError};
 use jiff::Timestamp;
 
 use super::disks::create_overlay;
@@ -221,7 +221,7 @@ fn machine_spec(
         runtime_directory: layout.instance_runtime(&record.id),
         cpus: record.vcpus,
         memory_bytes: record.memory_bytes,
-        memory_file: None,
+        memory: MemoryBacking::Anonymous,
         kernel,
         initramfs,
         kernel_arguments: Vec::new(),

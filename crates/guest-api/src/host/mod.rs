@@ -12,7 +12,11 @@ pub use copy::{CopyFromSession, CopyItem, CopyToSession};
 pub use events::GuestEvents;
 pub use exec::{ExecInput, ExecOutput, ExecReader, ExecSession};
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -28,6 +32,11 @@ use crate::{
 
 /// How long the guest may take to accept or answer a request that does not run anything.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How far the guest's clock may be from ours after [`GuestClient::synchronise_clock`].
+pub const CLOCK_TOLERANCE: Duration = Duration::from_millis(40);
+
+const CLOCK_ATTEMPTS: u32 = 10;
 
 /// How long a transfer may stand still.
 pub const STALL_DEADLINE: Duration = Duration::from_secs(60);
@@ -277,7 +286,32 @@ impl GuestClient {
         )
     }
 
-    /// Gives a forked guest its own identity. The new key is in force for all later connections.
+    /// Sets the guest's wall clock to that of this host, again until it was answered so fast that they differ by
+    /// less than [`CLOCK_TOLERANCE`], and returns by how much they can differ. A guest on a host that is too busy
+    /// for that gets the last of several attempts.
+    ///
+    /// # Errors
+    /// Those of the channel, or the guest's.
+    pub async fn synchronise_clock(&self) -> Result<Duration, ChannelError> {
+        let mut attempts = CLOCK_ATTEMPTS;
+        loop {
+            let begun = Instant::now();
+            let now = SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default();
+            self.set_time(now.as_nanos() as i128).await?;
+            // It was set at some moment between question and answer.
+            let bound = begun.elapsed();
+            attempts -= 1;
+            if bound < CLOCK_TOLERANCE || attempts == 0 {
+                return Ok(bound);
+            }
+        }
+    }
+
+    /// Gives a forked guest its own identity. Answered when all of it is in force: clock, network, a generator of
+    /// random numbers with new keys, names. Whoever is connected with the old key is disconnected, and refused
+    /// from then on. The clock is as late as the message was under way: see [`Self::synchronise_clock`].
     ///
     /// # Errors
     /// The guest's reason when any part of it failed: the fork must then not be used.

@@ -40,7 +40,10 @@ use hypeman_guest_api::{
     handshake::{self, BeaconCell, BeaconReader},
     mux::GuestMux,
 };
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+};
 
 use stream::SharedStream;
 
@@ -79,6 +82,20 @@ enum Phase {
     Ending,
 }
 
+/// The last change of the key: connections made before it end, but for the one that brought it.
+#[derive(Debug, Default)]
+struct Succession {
+    heir: u64,
+    /// Number of the first connection that was made after it.
+    below: u64,
+}
+
+impl Succession {
+    fn ends(&self, connection: u64) -> bool {
+        connection < self.below && connection != self.heir
+    }
+}
+
 /// The state that all connections share.
 pub struct Agent {
     machine: Box<dyn Machine>,
@@ -88,6 +105,9 @@ pub struct Agent {
     pub events: EventLog,
     key: RefCell<Option<AgentKey>>,
     beacon: BeaconCell,
+    /// Number of the next connection.
+    connections: Cell<u64>,
+    succession: watch::Sender<Succession>,
     phase: Cell<Phase>,
     serves: Cell<bool>,
     environment: RefCell<Vec<(String, String)>>,
@@ -102,6 +122,8 @@ impl Agent {
             events: EventLog::new(),
             key: RefCell::new(None),
             beacon: Arc::new(Mutex::new(None)),
+            connections: Cell::new(0),
+            succession: watch::Sender::default(),
             phase: Cell::new(Phase::Waiting),
             serves: Cell::new(false),
             environment: RefCell::new(Vec::new()),
@@ -125,13 +147,24 @@ impl Agent {
             return;
         }
         let mut mux = GuestMux::new(BeaconReader::new(stream, Arc::clone(&self.beacon)));
-        while let Some(stream) = mux.next().await {
+        let connection = self.connections.get();
+        self.connections.set(connection + 1);
+        let mut succession = self.succession.subscribe();
+        loop {
+            let stream = tokio::select! {
+                stream = mux.next() => stream,
+                // Another connection changed the key, and this one was made with the old one.
+                _ = succession.wait_for(|succession| succession.ends(connection)) => None,
+            };
+            let Some(stream) = stream else { return };
             let agent = Rc::clone(self);
-            tokio::task::spawn_local(async move { agent.answer(SharedStream::new(stream)).await });
+            tokio::task::spawn_local(
+                async move { agent.answer(connection, SharedStream::new(stream)).await },
+            );
         }
     }
 
-    async fn answer(self: Rc<Self>, mut stream: SharedStream) {
+    async fn answer(self: Rc<Self>, connection: u64, mut stream: SharedStream) {
         let request = match frame::read_frame(&mut stream).await {
             Ok(Some(frame)) => frame.header::<Request>(),
             _ => return,
@@ -163,7 +196,7 @@ impl Agent {
                 Err(refusal) => Reply::Refused(refusal),
             },
             Request::Configure(config) => outcome(self.configure(&config).await),
-            Request::Reconfigure(identity) => outcome(self.reconfigure(&identity)),
+            Request::Reconfigure(identity) => outcome(self.reconfigure(connection, &identity)),
             Request::SetTime { time_unix_nanos } => outcome(
                 self.machine
                     .set_time(time_unix_nanos)
@@ -209,14 +242,19 @@ impl Agent {
         Ok(())
     }
 
-    fn reconfigure(&self, identity: &Reconfiguration) -> Result<(), Refusal> {
+    fn reconfigure(&self, connection: u64, identity: &Reconfiguration) -> Result<(), Refusal> {
         if self.phase.get() != Phase::Running {
             return Err(refuse(
                 RefusalCode::NotConfigured,
                 "the guest does not run an instance",
             ));
         }
+        // Whatever comes of the rest: who knows the old key has no business here any more.
         self.set_key(&identity.key);
+        self.succession.send_replace(Succession {
+            heir: connection,
+            below: self.connections.get(),
+        });
         self.machine
             .reconfigure(identity)
             .map_err(|message| refuse(RefusalCode::SetupFailed, message))

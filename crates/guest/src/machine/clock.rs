@@ -30,7 +30,7 @@ struct PoolInfo {
     buffer: [u8; 512],
 }
 
-/// Gives bytes to the kernel's pool, credits them, and has it reseed at once.
+/// Gives bytes to the kernel's pool and credits them.
 pub(super) fn credit_entropy(bytes: &[u8]) -> io::Result<()> {
     let device = File::options().write(true).open("/dev/urandom")?;
     for chunk in bytes.chunks(512) {
@@ -46,7 +46,16 @@ pub(super) fn credit_entropy(bytes: &[u8]) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
-    // SAFETY: takes no argument. Refused by kernels that have not seeded yet; they do so from the above.
-    unsafe { libc::ioctl(device.as_raw_fd(), RESEED as _) };
     Ok(())
+}
+
+/// Has the kernel's generator take new keys from the pool at once, on all processors. Refused by kernels that have
+/// not seeded yet; those do so when they are given the first bytes.
+pub(super) fn reseed() -> io::Result<()> {
+    let device = File::options().write(true).open("/dev/urandom")?;
+    // SAFETY: takes no argument.
+    match unsafe { libc::ioctl(device.as_raw_fd(), RESEED as _) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

@@ -5,9 +5,10 @@ use std::{fs, io, net::Ipv4Addr, path::Path};
 use hypeman_guest_api::NetworkConfig;
 use rustix::system::sethostname;
 
-use crate::log_line;
+const BUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
 
-/// Puts all of them in force.
+/// Puts all of them in force, as far as it goes. `Err` names what did not: an instance that boots can live with
+/// files that an odd image does not let be written, one that was forked would go on under another's name.
 pub(super) fn apply(
     hostname: &str,
     instance_id: &str,
@@ -18,9 +19,20 @@ pub(super) fn apply(
         return Err(format!("/etc: {error}"));
     }
     let address = network.map(|network| network.address);
+    let mut failures = Vec::new();
+    let mut replace = |path: &str, content: &str| {
+        if let Err(error) = write_anew(path, content) {
+            failures.push(format!("{path}: {error}"));
+        }
+    };
+    let machine_id = format!("{}\n", machine_id(instance_id));
     replace("/etc/hostname", &format!("{hostname}\n"));
     replace("/etc/hosts", &hosts(hostname, address));
-    replace("/etc/machine-id", &format!("{}\n", machine_id(instance_id)));
+    replace("/etc/machine-id", &machine_id);
+    // Often a link to the other; where it is a copy, it must not keep the id of another instance.
+    if fs::symlink_metadata(BUS_MACHINE_ID).is_ok_and(|about| about.is_file()) {
+        replace(BUS_MACHINE_ID, &machine_id);
+    }
     if let Some(network) = network
         && !network.dns.is_empty()
     {
@@ -31,7 +43,10 @@ pub(super) fn apply(
             .collect();
         replace("/etc/resolv.conf", &lines);
     }
-    Ok(())
+    match failures.is_empty() {
+        true => Ok(()),
+        false => Err(failures.join("; ")),
+    }
 }
 
 fn hosts(hostname: &str, address: Option<Ipv4Addr>) -> String {
@@ -49,16 +64,11 @@ fn machine_id(instance_id: &str) -> String {
 }
 
 /// Writes a file, in the place of a link too: images link to files that only their own init would make.
-fn replace(path: &str, content: &str) {
-    let write = || -> io::Result<()> {
-        if fs::symlink_metadata(path).is_ok_and(|about| about.is_symlink()) {
-            fs::remove_file(path)?;
-        }
-        fs::write(Path::new(path), content)
-    };
-    if let Err(error) = write() {
-        log_line!("{path}: {error}");
+fn write_anew(path: &str, content: &str) -> io::Result<()> {
+    if fs::symlink_metadata(path).is_ok_and(|about| about.is_symlink()) {
+        fs::remove_file(path)?;
     }
+    fs::write(Path::new(path), content)
 }
 
 #[cfg(test)]

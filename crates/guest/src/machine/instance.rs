@@ -37,6 +37,9 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// Time for the answer to a request to reach the host before the machine goes down.
 const ANSWER_LEAVES: Duration = Duration::from_millis(20);
 
+/// Bytes that make a generator forget what it shares with that of another machine: its whole key.
+const LEAST_ENTROPY: usize = 32;
+
 /// The realtime signal by which systemd is told to power off: the 4th after the first of its C library.
 const SYSTEMD_POWER_OFF: i32 = 34 + 4;
 
@@ -68,10 +71,14 @@ impl Instance {
     async fn become_instance(&self, agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), String> {
         clock::set(config.time_unix_nanos).map_err(|error| format!("clock: {error}"))?;
         clock::credit_entropy(&config.entropy).map_err(|error| format!("entropy: {error}"))?;
+        // A kernel that waited for these bytes has taken them already.
+        let _ = clock::reseed();
         let disks = disks::assemble(&config.volumes).await?;
         *self.disks.borrow_mut() = Some(disks);
         pseudo::relax_for_containers();
-        identity::apply(&config.hostname, &config.instance_id, config.network.as_ref())?;
+        if let Err(error) = identity::apply(&config.hostname, &config.instance_id, config.network.as_ref()) {
+            log_line!("{error}");
+        }
         network::apply(config.network.as_ref())?;
         match config.init_mode {
             InitMode::Exec => self.run_program(agent, config),
@@ -185,14 +192,23 @@ impl Machine for Instance {
     }
 
     fn reconfigure(&self, identity: &Reconfiguration) -> Result<(), String> {
+        // The clock while the host's word about it is fresh, then what others could confuse us by: an address that
+        // another machine has, and random numbers that it draws too.
         self.set_time(identity.time_unix_nanos)?;
+        network::apply(identity.network.as_ref())?;
+        if identity.entropy.len() < LEAST_ENTROPY {
+            return Err(format!(
+                "entropy: {} bytes are too few, {LEAST_ENTROPY} are needed",
+                identity.entropy.len()
+            ));
+        }
         clock::credit_entropy(&identity.entropy).map_err(|error| format!("entropy: {error}"))?;
+        clock::reseed().map_err(|error| format!("entropy: reseeding: {error}"))?;
         identity::apply(
             &identity.hostname,
             &identity.instance_id,
             identity.network.as_ref(),
-        )?;
-        network::apply(identity.network.as_ref())
+        )
     }
 
     fn set_time(&self, time_unix_nanos: i128) -> Result<(), String> {

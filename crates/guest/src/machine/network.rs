@@ -77,6 +77,18 @@ impl Interface {
         self.call(libc::SIOCSIFFLAGS, &flags.to_ne_bytes()).map(drop)
     }
 
+    fn mac(&self) -> io::Result<[u8; 6]> {
+        let value = self.call(libc::SIOCGIFHWADDR, &[])?;
+        let mut mac = [0; 6];
+        mac.copy_from_slice(&value[2..8]);
+        Ok(mac)
+    }
+
+    fn address(&self) -> io::Result<Ipv4Addr> {
+        let value = self.call(libc::SIOCGIFADDR, &[])?;
+        Ok(Ipv4Addr::new(value[4], value[5], value[6], value[7]))
+    }
+
     fn set_address(&self, address: Ipv4Addr, prefix_length: u8) -> io::Result<()> {
         self.call(libc::SIOCSIFADDR, &internet_address(address))?;
         if address.is_unspecified() {
@@ -94,13 +106,7 @@ impl Interface {
         let mut value = [0; 16];
         value[..2].copy_from_slice(&ETHERNET.to_ne_bytes());
         value[2..8].copy_from_slice(&mac);
-        match self.call(libc::SIOCSIFHWADDR, &value) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                self.set_up(false)?;
-                self.call(libc::SIOCSIFHWADDR, &value).map(drop)
-            }
-            other => other.map(drop),
-        }
+        self.call(libc::SIOCSIFHWADDR, &value).map(drop)
     }
 
     fn add_default_route(&self, gateway: Ipv4Addr) -> io::Result<()> {
@@ -172,11 +178,18 @@ pub(super) fn apply(network: Option<&NetworkConfig>) -> Result<(), String> {
     };
     let name = name.ok_or("network: the machine has no network interface")?;
     let interface = Interface::new(&name).map_err(told("interface"))?;
-    if let Some(text) = &config.mac {
-        let mac = parse_mac(text).ok_or_else(|| format!("network: malformed MAC address {text:?}"))?;
-        interface.set_mac(mac).map_err(told("MAC address"))?;
-    }
-    // An address that is taken away takes its routes with it, those of a former identity too.
+    // Down first: nothing leaves under half an identity, and what was learnt under a former one is forgotten
+    // (routes, neighbours, the addresses that version 6 makes of the MAC).
+    interface.set_up(false).map_err(told("interface"))?;
+    let mac = match &config.mac {
+        Some(text) => {
+            let mac = parse_mac(text).ok_or_else(|| format!("network: malformed MAC address {text:?}"))?;
+            interface.set_mac(mac).map_err(told("MAC address"))?;
+            Some(mac)
+        }
+        None => None,
+    };
+    // An address that is taken away takes its routes with it.
     let _ = interface.set_address(Ipv4Addr::UNSPECIFIED, 0);
     interface
         .set_address(config.address, config.prefix_length)
@@ -184,7 +197,18 @@ pub(super) fn apply(network: Option<&NetworkConfig>) -> Result<(), String> {
     interface.set_up(true).map_err(told("interface"))?;
     interface
         .add_default_route(config.gateway)
-        .map_err(told("default route"))
+        .map_err(told("default route"))?;
+    let now = (
+        interface.mac().map_err(told("MAC address"))?,
+        interface.address().map_err(told("address"))?,
+    );
+    if mac.is_some_and(|mac| mac != now.0) || config.address != now.1 {
+        return Err(format!(
+            "network: the interface kept {:02x?} and {}",
+            now.0, now.1
+        ));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

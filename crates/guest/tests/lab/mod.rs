@@ -1,10 +1,13 @@
 //! A real machine for tests: QEMU without hardware help, a kernel, the real guest program, a busybox image.
 //!
 //! Kernel: `HYPEMAN_TEST_KERNEL` (an uncompressed PVH kernel, as `kernel/build` makes it). Modules for a kernel that
-//! needs them: `HYPEMAN_TEST_MODULES`, a directory with `order`. Guest program: `HYPEMAN_TEST_GUEST`, built with
+//! needs them: `HYPEMAN_TEST_MODULES`, a directory with `order`. Guest program: `HYPEMAN_TEST_GUEST` or
+//! `HYPEMAN_GUEST_BINARY`, built with
 //! `cargo build -p hypeman-guest --profile guest --target x86_64-unknown-linux-musl`.
 // The lints' exception for tests does not reach helpers of integration tests; not every test uses every helper.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+pub mod machines;
 
 use std::{
     fs,
@@ -38,7 +41,10 @@ fn kernel() -> Option<PathBuf> {
 }
 
 fn guest() -> Option<PathBuf> {
-    let named = std::env::var_os("HYPEMAN_TEST_GUEST").map(PathBuf::from);
+    let named = ["HYPEMAN_TEST_GUEST", "HYPEMAN_GUEST_BINARY"]
+        .iter()
+        .find_map(std::env::var_os)
+        .map(PathBuf::from);
     let target = PathBuf::from(env!("CARGO_BIN_EXE_hypeman-guest"));
     let built = target
         .ancestors()

@@ -9,6 +9,7 @@
 //! Invariant: a signal goes through a pidfd whose process was compared with its [`ProcessIdentity`] after the
 //! pidfd was opened, so it never reaches a process that merely got the same number.
 
+mod filter;
 mod identity;
 mod spawn;
 mod watch;

@@ -11,6 +11,8 @@ use std::process::{Command, Stdio};
 
 use rustix::io::FdFlags;
 
+use super::filter;
+
 /// A program to start and what it gets from us.
 pub(crate) struct Detached<'a> {
     pub(crate) program: &'a Path,
@@ -19,6 +21,8 @@ pub(crate) struct Detached<'a> {
     pub(crate) output: File,
     /// Descriptors that the program keeps, under the numbers that they have here.
     pub(crate) keep: &'a [OwnedFd],
+    /// The program may not make holes in files (see [`super::filter`]).
+    pub(crate) forbid_holes: bool,
 }
 
 /// Starts the program as leader of a session of its own, in `/`, with an empty environment but `PATH`.
@@ -34,6 +38,7 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
         .stdin(Stdio::null())
         .stdout(detached.output.as_fd().try_clone_to_owned()?)
         .stderr(detached.output);
+    let forbid_holes = detached.forbid_holes;
     let prepare = move || {
         rustix::process::setsid()?;
         // Everything that some library may have opened without close-on-exec ends here.
@@ -57,6 +62,9 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
             // SAFETY: the parent holds these descriptors open until spawn has returned.
             let descriptor = unsafe { BorrowedFd::borrow_raw(*number) };
             rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+        }
+        if forbid_holes {
+            filter::forbid_holes()?;
         }
         Ok(())
     };

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -81,6 +82,12 @@ impl ProcessHandle {
 
     pub(crate) fn identity(&self) -> &ProcessIdentity {
         &self.identity
+    }
+
+    /// True while the process has not ended, by the pidfd, so also before its watching task has noticed.
+    pub(crate) fn is_alive(&self) -> bool {
+        let mut descriptors = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(poll(&mut descriptors, Some(&Timespec::default())), Ok(0))
     }
 
     /// How it ended, if it has.
@@ -176,6 +183,7 @@ mod tests {
             arguments,
             output,
             keep: &[],
+            forbid_holes: false,
         })
         .unwrap()
     }
@@ -239,6 +247,7 @@ mod tests {
             arguments,
             output,
             keep: std::slice::from_ref(&kept),
+            forbid_holes: false,
         })
         .unwrap();
         let handle = ProcessHandle::of_child(pid).unwrap();

@@ -13,6 +13,12 @@ use super::qmp::QmpEvent;
 #[derive(Debug)]
 pub(super) struct AgentPort(watch::Sender<Option<bool>>);
 
+impl Default for AgentPort {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl AgentPort {
     pub(super) fn new() -> Self {
         Self(watch::channel(None).0)

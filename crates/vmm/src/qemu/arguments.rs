@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::board::{Board, Slot};
-use crate::{Accelerator, Disk, MachineSpec, VmmError};
+use crate::{Accelerator, Disk, MachineSpec, MemoryBacking, VmmError};
 
 /// Name of the pid file in the runtime directory. Its path on the command line marks the process as ours.
 pub(crate) const PID_FILE: &str = "qemu.pid";
@@ -31,7 +31,7 @@ pub(crate) const CONSOLE_CHARDEV: &str = "console";
 
 /// Longest kernel command line that x86 takes.
 const KERNEL_ARGUMENTS_LIMIT: usize = 2047;
-const MEBIBYTE: u64 = 1024 * 1024;
+pub(crate) const MEBIBYTE: u64 = 1024 * 1024;
 
 /// What the command line needs to know of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,8 +43,22 @@ pub(crate) struct Host {
     pub(crate) firmware: Option<PathBuf>,
     /// Frequency of the time stamp counter in kHz, where the guest sees the host's.
     pub(crate) tsc_khz: Option<u64>,
+    /// This QEMU can map a file that it opened only for reading.
+    pub(crate) read_only_memory_files: bool,
     /// This QEMU was built with seccomp.
     pub(crate) sandbox: bool,
+}
+
+/// What the process is to become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// A machine that boots its kernel.
+    Boot,
+    /// A machine whose device state comes through this descriptor. It stays paused.
+    Restore {
+        /// Read end of the pipe.
+        state: i32,
+    },
 }
 
 /// Numbers of the listening sockets that QEMU inherits.
@@ -60,6 +74,7 @@ pub(crate) fn arguments(
     spec: &MachineSpec,
     host: &Host,
     sockets: Sockets,
+    start: Start,
 ) -> Result<Vec<OsString>, VmmError> {
     check(board, spec)?;
     let memory_mib = spec.memory_bytes.div_ceil(MEBIBYTE);
@@ -77,9 +92,17 @@ pub(crate) fn arguments(
     }
     line.option("-pidfile", text(&spec.runtime_directory.join(PID_FILE))?);
 
+    // A state without memory has no description at its end, and none shall be missed.
+    let expectations = match start {
+        Start::Boot => "",
+        Start::Restore { .. } => ",suppress-vmdesc=on",
+    };
     line.option(
         "-machine",
-        format!("{},memory-backend=mem", board.machine(&host.q35_name)),
+        format!(
+            "{},memory-backend=mem{expectations}",
+            board.machine(&host.q35_name)
+        ),
     );
     match host.accelerator {
         Accelerator::Kvm => {
@@ -96,14 +119,25 @@ pub(crate) fn arguments(
         format!("cpus={cpus},sockets=1,cores={cpus},threads=1", cpus = spec.cpus),
     );
     line.option("-m", format!("size={memory_mib}M"));
-    line.json("-object", memory(spec, memory_mib)?);
+    line.json("-object", memory(spec, memory_mib, host)?);
 
     if let Some(firmware) = &host.firmware {
         line.option("-bios", text(firmware)?);
     }
-    line.option("-kernel", text(&spec.kernel)?);
-    line.option("-initrd", text(&spec.initramfs)?);
-    line.option("-append", kernel_arguments(spec, host)?);
+    match start {
+        Start::Boot => {
+            line.option("-kernel", text(&spec.kernel)?);
+            line.option("-initrd", text(&spec.initramfs)?);
+            line.option("-append", kernel_arguments(spec, host)?);
+        }
+        // The captured machine has long read its kernel, and a reboot ends it: nothing is loaded in vain.
+        Start::Restore { state } => {
+            line.flags(&["-S"]);
+            // Nor has it the settings of its writer at its head.
+            line.option("-global", "migration.send-configuration=off");
+            line.option("-incoming", format!("fd:{state}"));
+        }
+    }
 
     line.option(
         "-chardev",
@@ -161,9 +195,14 @@ pub(crate) fn arguments(
     Ok(line.words)
 }
 
+/// Name of the node that holds a disk as the guest sees it, under its limit.
+pub(crate) fn raw_node(index: usize) -> String {
+    format!("disk{index}-raw")
+}
+
 fn add_disk(line: &mut Line, board: Board, index: usize, disk: &Disk) -> Result<(), VmmError> {
     let file = format!("disk{index}-file");
-    let raw = format!("disk{index}-raw");
+    let raw = raw_node(index);
     line.json(
         "-blockdev",
         json!({
@@ -225,18 +264,26 @@ fn add_disk(line: &mut Line, board: Board, index: usize, disk: &Disk) -> Result<
     Ok(())
 }
 
-fn memory(spec: &MachineSpec, memory_mib: u64) -> Result<Value, VmmError> {
+fn memory(spec: &MachineSpec, memory_mib: u64, host: &Host) -> Result<Value, VmmError> {
     let size = memory_mib * MEBIBYTE;
-    Ok(match &spec.memory_file {
-        Some(path) => json!({
-            "qom-type": "memory-backend-file",
-            "id": "mem",
-            "size": size,
-            "mem-path": text(path)?,
-            "share": true,
-            "dump": false,
-        }),
-        None => json!({ "qom-type": "memory-backend-ram", "id": "mem", "size": size, "dump": false }),
+    Ok(match &spec.memory {
+        MemoryBacking::Private(path) => {
+            let memory = json!({
+                "qom-type": "memory-backend-file",
+                "id": "mem",
+                "size": size,
+                "mem-path": text(path)?,
+                "share": false,
+                "dump": false,
+            });
+            match host.read_only_memory_files {
+                true => with(with(memory, "readonly", json!(true)), "rom", json!("off")),
+                false => memory,
+            }
+        }
+        MemoryBacking::Anonymous => {
+            json!({ "qom-type": "memory-backend-ram", "id": "mem", "size": size, "dump": false })
+        }
     })
 }
 

@@ -13,6 +13,7 @@ fn host(accelerator: Accelerator) -> Host {
         q35_name: "pc-q35-7.2".to_owned(),
         firmware: Some("/usr/share/qemu/qboot.rom".into()),
         tsc_khz: (accelerator == Accelerator::Tcg).then_some(2_596_132),
+        read_only_memory_files: accelerator == Accelerator::Kvm,
         sandbox: true,
     }
 }
@@ -23,7 +24,7 @@ fn spec() -> MachineSpec {
         runtime_directory: "/run/m/abc".into(),
         cpus: 2,
         memory_bytes: 512 << 20,
-        memory_file: None,
+        memory: MemoryBacking::Anonymous,
         kernel: "/data/vmlinux".into(),
         initramfs: "/data/initramfs.cpio".into(),
         kernel_arguments: Vec::new(),
@@ -47,7 +48,6 @@ fn spec() -> MachineSpec {
 
 fn full() -> MachineSpec {
     let mut spec = spec();
-    spec.memory_file = Some("/data/abc/memory".into());
     spec.kernel_arguments = vec!["one=1".to_owned(), "two".to_owned()];
     spec.disks[1].limit = Some(IoLimit {
         bytes_per_second: 1000,
@@ -61,8 +61,8 @@ fn full() -> MachineSpec {
 }
 
 /// One option a line, as in the golden files.
-fn shown(board: Board, spec: &MachineSpec, accelerator: Accelerator) -> String {
-    let words = arguments(board, spec, &host(accelerator), SOCKETS).unwrap();
+fn shown(board: Board, spec: &MachineSpec, accelerator: Accelerator, start: Start) -> String {
+    let words = arguments(board, spec, &host(accelerator), SOCKETS, start).unwrap();
     let mut text = String::new();
     for word in words {
         let word = word.into_string().unwrap();
@@ -94,12 +94,40 @@ fn assert_golden(name: &str, actual: &str) {
 
 #[test]
 fn command_lines_are_as_agreed() {
-    assert_golden("q35-tcg.txt", &shown(Board::Q35, &spec(), Accelerator::Tcg));
-    assert_golden("q35-kvm-full.txt", &shown(Board::Q35, &full(), Accelerator::Kvm));
+    let (kvm, tcg) = (Accelerator::Kvm, Accelerator::Tcg);
+    let boot = Start::Boot;
+    assert_golden("q35-tcg.txt", &shown(Board::Q35, &spec(), tcg, boot));
+    assert_golden("q35-kvm-full.txt", &shown(Board::Q35, &full(), kvm, boot));
+    assert_golden("microvm-tcg-full.txt", &shown(Board::Microvm, &full(), tcg, boot));
+    let restore = Start::Restore { state: 13 };
+    let mut fork = full();
+    fork.memory = MemoryBacking::Private("/data/memory/raw".into());
+    assert_golden("q35-kvm-restore.txt", &shown(Board::Q35, &fork, kvm, restore));
     assert_golden(
-        "microvm-tcg-full.txt",
-        &shown(Board::Microvm, &full(), Accelerator::Tcg),
+        "microvm-tcg-restore.txt",
+        &shown(Board::Microvm, &fork, tcg, restore),
     );
+}
+
+/// The state of a machine is that of devices at their places: a restored one must have the same.
+#[test]
+fn a_restored_machine_has_the_devices_of_the_captured_one() {
+    for board in [Board::Q35, Board::Microvm] {
+        let devices = |start| -> Vec<OsString> {
+            let words = arguments(board, &full(), &host(Accelerator::Tcg), SOCKETS, start).unwrap();
+            let values = words.iter().skip(1).zip(&words);
+            values
+                .filter(|(_, option)| {
+                    ["-device", "-cpu", "-smp", "-m", "-bios"]
+                        .map(OsString::from)
+                        .contains(option)
+                })
+                .map(|(value, _)| value.clone())
+                .collect()
+        };
+        assert!(devices(Start::Boot).len() > 10);
+        assert_eq!(devices(Start::Boot), devices(Start::Restore { state: 13 }));
+    }
 }
 
 #[test]
@@ -107,7 +135,7 @@ fn commas_and_quotes_in_paths_stay_in_their_paths() {
     let mut spec = spec();
     spec.workload_log = "/data/a,path=/etc/shadow/app.log".into();
     spec.disks[1].path = "/data/b\",\"driver\":\"host_device".into();
-    let text = shown(Board::Q35, &spec, Accelerator::Tcg);
+    let text = shown(Board::Q35, &spec, Accelerator::Tcg, Start::Boot);
     assert!(
         text.contains("file,id=log,path=/data/a,,path=/etc/shadow/app.log,append=on"),
         "{text}"
@@ -123,7 +151,13 @@ fn what_cannot_be_a_machine_is_refused() {
     let refused = |change: fn(&mut MachineSpec)| {
         let mut spec = full();
         change(&mut spec);
-        let outcome = arguments(Board::Microvm, &spec, &host(Accelerator::Tcg), SOCKETS);
+        let outcome = arguments(
+            Board::Microvm,
+            &spec,
+            &host(Accelerator::Tcg),
+            SOCKETS,
+            Start::Boot,
+        );
         assert!(matches!(outcome, Err(VmmError::InvalidSpec(_))), "{outcome:?}");
     };
     refused(|spec| spec.id = "a,process=x".to_owned());
@@ -147,13 +181,15 @@ proptest! {
         let mut spec = full();
         spec.runtime_directory = PathBuf::from(&name);
         spec.kernel = PathBuf::from(&name);
-        spec.memory_file = Some(PathBuf::from(&name));
+        spec.memory = MemoryBacking::Private(PathBuf::from(&name));
         spec.disks[0].path = PathBuf::from(&name);
         spec.vmm_log = PathBuf::from(&name);
         spec.kernel_arguments = vec![argument];
         let host = host(Accelerator::Tcg);
-        let strange = arguments(Board::Q35, &spec, &host, SOCKETS).unwrap();
-        let plain = arguments(Board::Q35, &full(), &host, SOCKETS).unwrap();
+        let strange = arguments(Board::Q35, &spec, &host, SOCKETS, Start::Boot).unwrap();
+        let mut plain = full();
+        plain.memory = MemoryBacking::Private("/data/memory/raw".into());
+        let plain = arguments(Board::Q35, &plain, &host, SOCKETS, Start::Boot).unwrap();
         prop_assert_eq!(strange.len(), plain.len());
         for (strange, plain) in strange.iter().zip(&plain) {
             let is_option = plain.to_str().unwrap().starts_with('-');

@@ -16,11 +16,13 @@ use tokio::sync::Mutex;
 use super::arguments::Host;
 use super::board::Board;
 use crate::probe::{TscFrequency, kvm_runs_a_guest};
-use crate::{Accelerator, VmmError};
+use crate::{Accelerator, StateIdentity, VmmError};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 /// The oldest QEMU whose command line and protocol this driver speaks.
 const OLDEST: (u32, u32) = (7, 0);
+/// Goes up when a machine of the same specification gets other devices than before, or others places for them.
+const DEVICES_REVISION: u32 = 1;
 const QUERY_DEADLINE: Duration = Duration::from_secs(30);
 const FIRMWARE: [&str; 3] = [
     "/usr/share/qemu/qboot.rom",
@@ -37,6 +39,33 @@ pub(crate) struct Facts {
     /// Why KVM is not used, where it is not.
     pub(crate) without_kvm: Option<String>,
     has_microvm: bool,
+}
+
+impl Facts {
+    /// What a device state that this QEMU writes needs to be loaded again.
+    pub(crate) fn state_identity(&self, board: Board) -> StateIdentity {
+        let arguments = &self.arguments;
+        let firmware = arguments
+            .firmware
+            .as_deref()
+            .and_then(Path::file_name)
+            .unwrap_or_default();
+        StateIdentity {
+            vmm: board.kind(),
+            version: self.version.clone(),
+            machine: format!(
+                "{};firmware={};devices={DEVICES_REVISION}",
+                board.machine(&arguments.q35_name),
+                firmware.to_string_lossy()
+            ),
+            cpu: match arguments.accelerator {
+                Accelerator::Kvm => format!("host {}", processor_abilities(&processors())),
+                // The guest's clock counts the host's cycles, at the rate that was measured when it booted.
+                Accelerator::Tcg => format!("max, cycles of {}", processor_name(&processors())),
+            },
+            accelerator: arguments.accelerator,
+        }
+    }
 }
 
 /// Finds and remembers the host's QEMU.
@@ -130,10 +159,11 @@ impl QemuHost {
     }
 
     async fn ask(&self, program: PathBuf, stamp: &Stamp) -> Result<Facts, VmmError> {
-        let (banner, machines, sandbox) = tokio::join!(
+        let (banner, machines, sandbox, memory_files) = tokio::join!(
             output(&program, &["--version"]),
             output(&program, &["-machine", "help"]),
             output(&program, &["-sandbox", "help"]),
+            output(&program, &["-object", "memory-backend-file,help"]),
         );
         let banner = banner?;
         let version = parse_version(&banner).ok_or_else(|| {
@@ -169,11 +199,13 @@ impl QemuHost {
         }
         let firmware = FIRMWARE.iter().map(PathBuf::from).find(|path| path.is_file());
         let sandbox = sandbox.is_ok();
+        let read_only_memory_files = memory_files?.lines().any(|line| line.trim().starts_with("rom=<"));
         let arguments = Host {
             accelerator,
             q35_name,
             firmware,
             tsc_khz,
+            read_only_memory_files,
             sandbox,
         };
         Ok(Facts {
@@ -234,6 +266,46 @@ impl Stamp {
     }
 }
 
+fn processors() -> String {
+    std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
+}
+
+/// Names and values of the first processor in `/proc/cpuinfo`.
+fn first_processor(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let first = text.split("\n\n").next().unwrap_or_default();
+    first
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.trim(), value.trim()))
+}
+
+/// What the processor is called; tells one rate of the counter from another.
+fn processor_name(text: &str) -> String {
+    let name = first_processor(text)
+        .find(|(name, _)| *name == "model name")
+        .map(|(_, value)| value);
+    name.map_or_else(|| processor_abilities(text), str::to_owned)
+}
+
+/// What the processor is and can, in short: a guest that sees it cannot go on on another one. The names are those
+/// of x86 and of ARM; the list of abilities is long, so it is hashed.
+fn processor_abilities(text: &str) -> String {
+    let words = first_processor(text).filter_map(|(name, value)| match name {
+        "vendor_id" | "cpu family" | "model" | "stepping" | "CPU implementer" | "CPU part" => {
+            Some(value.to_owned())
+        }
+        "flags" | "Features" => Some(format!("{:016x}", fnv1a(value.as_bytes()))),
+        _ => None,
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
 async fn output(program: &Path, arguments: &[&str]) -> Result<String, VmmError> {
     let run = Command::new(program)
         .args(arguments)
@@ -289,6 +361,21 @@ mod tests {
         assert_eq!(q35_name(machines).as_deref(), Some("pc-q35-7.2"));
         assert_eq!(q35_name("none\n"), None);
         assert_eq!(parse_version("something else"), None);
+    }
+
+    #[test]
+    fn processors_are_told_apart_by_what_a_guest_can_see() {
+        let text = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon @ 2.60GHz\n\
+            stepping\t: 7\ncpu MHz\t\t: 2600.1\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nvendor_id\t: Other\n";
+        assert_eq!(processor_name(text), "Xeon @ 2.60GHz");
+        let abilities = processor_abilities(text);
+        assert!(abilities.starts_with("GenuineIntel 6 85 7 "), "{abilities}");
+        assert_eq!(abilities, processor_abilities(&text.replace("2600.1", "1200.0")));
+        assert_ne!(abilities, processor_abilities(&text.replace("avx2", "avx512f")));
+        assert_eq!(
+            processor_name("CPU implementer : 0x41\nCPU part : 0xd0c\n"),
+            "0x41 0xd0c"
+        );
     }
 
     #[tokio::test]

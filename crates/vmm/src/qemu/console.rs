@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use super::words::Words;
+
 /// Written by us before each start, so that an older boot is not taken for this one.
 pub(crate) const START_MARK: &str = "--- hypeman starts machine ";
 
@@ -21,11 +23,13 @@ const MESSAGE_CHARACTERS: usize = 300;
 #[derive(Debug, Clone)]
 pub(crate) struct Console {
     path: PathBuf,
+    /// What the VMM itself says, where that does not go into the same file.
+    words: Option<Words>,
 }
 
 impl Console {
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path }
+    pub(crate) fn new(path: PathBuf, words: Option<Words>) -> Self {
+        Self { path, words }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -34,7 +38,9 @@ impl Console {
 
     /// The last lines of this boot, readable.
     pub(crate) fn tail(&self) -> String {
-        last_lines(&self.this_boot())
+        let mut text = self.this_boot();
+        text.push_str(&self.words());
+        last_lines(&text)
     }
 
     /// The last lines since an offset in the file.
@@ -43,7 +49,7 @@ impl Console {
         let text = text.strip_prefix(START_MARK).map_or(text.as_str(), |rest| {
             rest.split_once('\n').map_or("", |(_, after)| after)
         });
-        let lines = last_lines(text);
+        let lines = last_lines(&format!("{text}{}", self.words()));
         if lines.is_empty() {
             "it said nothing".to_owned()
         } else {
@@ -62,6 +68,10 @@ impl Console {
     /// True when the kernel of this boot said that it powers off.
     pub(crate) fn shows_power_off(&self) -> bool {
         self.this_boot().contains(POWER_OFF_MARK)
+    }
+
+    fn words(&self) -> String {
+        readable(&self.words.as_ref().map(Words::text).unwrap_or_default())
     }
 
     fn this_boot(&self) -> String {
@@ -85,11 +95,14 @@ impl Console {
             file.take(SEARCH_BYTES).read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        String::from_utf8_lossy(&read().unwrap_or_default())
-            .chars()
-            .filter(|letter| *letter == '\n' || *letter == '\t' || !letter.is_control())
-            .collect()
+        readable(&String::from_utf8_lossy(&read().unwrap_or_default()))
     }
+}
+
+fn readable(text: &str) -> String {
+    text.chars()
+        .filter(|letter| *letter == '\n' || *letter == '\t' || !letter.is_control())
+        .collect()
 }
 
 fn last_lines(text: &str) -> String {
@@ -116,7 +129,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vmm.log");
         std::fs::write(&path, text).unwrap();
-        (directory, Console::new(path))
+        (directory, Console::new(path, None))
     }
 
     #[test]
@@ -147,6 +160,6 @@ mod tests {
         let (_directory, console) = console(b"\xff\x00\x1b[31mred\xc3");
         assert!(console.tail().contains("[31mred"));
         assert!(!console.tail().contains('\x1b'));
-        assert_eq!(Console::new("/nonexistent/log".into()).tail(), "");
+        assert_eq!(Console::new("/nonexistent/log".into(), None).tail(), "");
     }
 }

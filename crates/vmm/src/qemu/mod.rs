@@ -1,9 +1,10 @@
 //! QEMU: the q35 and microvm boards.
 //!
 //! ```text
-//! launch: bind sockets ─► spawn (sockets inherited) ─► connect ─► greeting ─► negotiated ─► Machine
-//!                              │ any failure: kill, reap, remove sockets, tell the end of the log
-//! adopt:  pidfd ─► identity equal? ─► Machine (connects when first asked)
+//! launch:  bind sockets ─► spawn (sockets inherited) ─► connect ─► greeting ─► negotiated ─► Machine
+//!                               │ any failure: kill, reap, remove sockets, tell the end of the log
+//! restore: the same, and then ─► patch ─► device state ─► Machine, paused    (restore.rs)
+//! adopt:   pidfd ─► identity equal? ─► Machine (connects when first asked)
 //! ```
 //!
 //! The listening sockets are made by us and inherited, so a connection waits in their queue from the first
@@ -13,9 +14,14 @@ mod agent_port;
 mod arguments;
 mod binary;
 mod board;
+mod capture;
 mod console;
+mod control;
+mod copies;
 mod machine;
 mod qmp;
+mod restore;
+mod words;
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
@@ -28,13 +34,19 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use self::arguments::{AGENT_SOCKET, PID_FILE, QMP_SOCKET, Sockets};
+use self::arguments::{AGENT_SOCKET, PID_FILE, QMP_SOCKET, Sockets, Start};
 pub(crate) use self::binary::QemuHost;
 pub(crate) use self::board::Board;
 use self::console::Console;
+use self::control::Control;
 use self::machine::QemuMachine;
+use self::restore::StatePipe;
+use self::words::Words;
 use crate::process::{Detached, ProcessHandle, processes_with_argument, spawn_detached};
-use crate::{Capabilities, Feature, Machine, MachineSpec, ProcessIdentity, Vmm, VmmError, VmmKind};
+use crate::{
+    Capabilities, Feature, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore, StateIdentity, Vmm,
+    VmmError, VmmKind,
+};
 
 /// How long a starting QEMU may take until it answers. It takes 30 ms on an idle machine.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -51,26 +63,55 @@ impl Qemu {
         Self { board, host }
     }
 
-    async fn start(&self, spec: &MachineSpec) -> Result<QemuMachine, VmmError> {
+    async fn start(&self, spec: &MachineSpec, restore: Option<Restore>) -> Result<QemuMachine, VmmError> {
         let facts = self.host.facts(self.board).await?;
+        check_memory(spec)?;
         let qmp_path = spec.runtime_directory.join(QMP_SOCKET);
         let agent_path = spec.runtime_directory.join(AGENT_SOCKET);
         let sockets = OwnedSockets(vec![qmp_path.clone(), agent_path.clone()]);
-        let keep = [listen(&qmp_path)?, listen(&agent_path)?];
+        let mut keep = vec![listen(&qmp_path)?, listen(&agent_path)?];
         let numbers = Sockets {
             qmp: keep[0].as_raw_fd(),
             agent: keep[1].as_raw_fd(),
         };
-        let arguments = arguments::arguments(self.board, spec, &facts.arguments, numbers)?;
+        let (start, restore) = match restore {
+            None => (Start::Boot, None),
+            // QEMU would wait for the first byte for ever.
+            Some(restore) if restore.device_state.is_empty() => {
+                return Err(VmmError::StartFailed("the device state is empty".to_owned()));
+            }
+            Some(restore) => {
+                let pipe = StatePipe::new()?;
+                let start = Start::Restore {
+                    state: pipe.read.as_raw_fd(),
+                };
+                keep.push(pipe.read);
+                (start, Some((restore, pipe.write)))
+            }
+        };
+        let arguments = arguments::arguments(self.board, spec, &facts.arguments, numbers, start)?;
+        let forbid_holes =
+            matches!(spec.memory, MemoryBacking::Private(_)) && !facts.arguments.read_only_memory_files;
         // Made by us so that they have our mode; QEMU would let everybody read what a workload prints.
         append_only(&spec.workload_log)?;
-        let console = Console::new(spec.vmm_log.clone());
-        let mut output = append_only(&spec.vmm_log)?;
-        let log_start = output
+        let mut log = append_only(&spec.vmm_log)?;
+        let log_start = log
             .seek(SeekFrom::End(0))
             .map_err(io_error("cannot read", &spec.vmm_log))?;
-        writeln!(output, "{}{}", console::START_MARK, spec.id)
+        writeln!(log, "{}{}", console::START_MARK, spec.id)
             .map_err(io_error("cannot write", &spec.vmm_log))?;
+        let words_failed = |source| VmmError::Io {
+            context: "cannot make room for what QEMU says".to_owned(),
+            source,
+        };
+        let (console, output) = match &restore {
+            None => (Console::new(spec.vmm_log.clone(), None), log),
+            Some(_) => {
+                let words = Words::new().map_err(words_failed)?;
+                let output = words.writer().map_err(words_failed)?;
+                (Console::new(spec.vmm_log.clone(), Some(words)), output)
+            }
+        };
 
         let program = facts.program.clone();
         let spawned = tokio::task::spawn_blocking(move || {
@@ -79,6 +120,7 @@ impl Qemu {
                 arguments,
                 output,
                 keep: &keep,
+                forbid_holes,
             })
         })
         .await
@@ -93,13 +135,25 @@ impl Qemu {
             }
         };
         let mut guard = KillOnDrop(Some(Arc::clone(&process)));
-        let machine = QemuMachine::new(Arc::clone(&process), qmp_path, agent_path, console.clone(), spec);
+        let control = Control::new(spec.id.clone(), Arc::clone(&process), qmp_path);
+        let machine = QemuMachine::new(control, console.clone(), spec);
+        let ready = async {
+            machine.control().connect(START_DEADLINE).await?;
+            match restore {
+                Some((restore, pipe)) => machine.load(restore, pipe).await,
+                None => Ok(()),
+            }
+        };
         tokio::select! {
             biased;
-            outcome = machine.connect(START_DEADLINE) => match outcome {
+            outcome = ready => match outcome {
                 Ok(()) => {}
                 // The connection ends a moment before the process does.
-                Err(VmmError::Gone) => return Err(failed()),
+                Err(VmmError::Gone) => {
+                    process.kill().map_err(io_error("cannot kill", &facts.program))?;
+                    process.ended().await;
+                    return Err(failed());
+                }
                 Err(error) => {
                     process.kill().map_err(io_error("cannot kill", &facts.program))?;
                     process.ended().await;
@@ -125,7 +179,13 @@ impl Vmm for Qemu {
             Ok(facts) => Capabilities::Available {
                 version: facts.version.clone(),
                 accelerator: facts.arguments.accelerator,
-                features: vec![Feature::Pause, Feature::DiskIoLimit],
+                features: vec![
+                    Feature::Snapshots,
+                    Feature::Standby,
+                    Feature::Fork,
+                    Feature::Pause,
+                    Feature::DiskIoLimit,
+                ],
             },
             Err(error) => Capabilities::Unavailable {
                 reason: error.to_string(),
@@ -138,7 +198,16 @@ impl Vmm for Qemu {
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError> {
-        Ok(Box::new(self.start(spec).await?))
+        Ok(Box::new(self.start(spec, None).await?))
+    }
+
+    async fn restore(&self, spec: &MachineSpec, restore: Restore) -> Result<Box<dyn Machine>, VmmError> {
+        Ok(Box::new(self.start(spec, Some(restore)).await?))
+    }
+
+    async fn state_identity(&self) -> Result<StateIdentity, VmmError> {
+        let facts = self.host.facts(self.board).await?;
+        Ok(facts.state_identity(self.board))
     }
 
     async fn adopt(
@@ -152,16 +221,21 @@ impl Vmm for Qemu {
                 source,
             })?
             .ok_or(VmmError::Gone)?;
+        let socket = spec.runtime_directory.join(QMP_SOCKET);
+        let console = Console::new(spec.vmm_log.clone(), Words::of(handle.identity()));
         let machine = QemuMachine::new(
-            Arc::new(handle),
-            spec.runtime_directory.join(QMP_SOCKET),
-            spec.runtime_directory.join(AGENT_SOCKET),
-            Console::new(spec.vmm_log.clone()),
+            Control::new(spec.id.clone(), Arc::new(handle), socket),
+            console,
             spec,
         );
         // Connected early to hear events. A VMM that hangs is adopted all the same: it can still be killed.
-        match machine.connect(Duration::from_secs(1)).await {
-            Ok(()) => machine.learn_agent_port().await,
+        match machine.control().connect(Duration::from_secs(1)).await {
+            Ok(()) => {
+                machine.control().learn_agent_port().await;
+                if let Err(error) = copies::clear(machine.control()).await {
+                    tracing::warn!(machine = spec.id, %error, "copies of disks that a server left behind go on");
+                }
+            }
             Err(error) => tracing::warn!(machine = spec.id, %error, "an adopted VMM does not answer yet"),
         }
         Ok(Box::new(machine))
@@ -199,6 +273,22 @@ impl Drop for KillOnDrop {
             let _ = process.kill();
         }
     }
+}
+
+/// QEMU would make a file that is not there, and take a directory for a place to make one in.
+fn check_memory(spec: &MachineSpec) -> Result<(), VmmError> {
+    let MemoryBacking::Private(path) = &spec.memory else {
+        return Ok(());
+    };
+    let about = fs::metadata(path).map_err(io_error("cannot look at", path))?;
+    if !about.is_file() || about.len() < spec.memory_bytes {
+        return Err(VmmError::InvalidSpec(format!(
+            "{} is no file of {} bytes of memory",
+            path.display(),
+            spec.memory_bytes
+        )));
+    }
+    Ok(())
 }
 
 fn listen(path: &Path) -> Result<OwnedFd, VmmError> {

@@ -2,10 +2,14 @@
 //! Built by the tests with `rustc`, not part of any crate.
 
 use std::ffi::{CString, c_char, c_int, c_long, c_ulong, c_void};
+use std::alloc::{Layout, alloc_zeroed};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
-use std::thread;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 unsafe extern "C" {
@@ -35,7 +39,137 @@ fn port(name: &str) -> File {
     }
 }
 
+/// A counter that goes up a thousand times a second, and keeps every value it had in a memory of its own.
+static COUNTER: AtomicU64 = AtomicU64::new(0);
+
+fn count() {
+    thread::spawn(|| {
+        loop {
+            COUNTER.fetch_add(1, Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+}
+
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+/// Memory full of numbers that no other place has.
+struct Dirt {
+    words: Vec<u64>,
+}
+
+impl Dirt {
+    fn new(mebibytes: u64, seed: u64) -> Self {
+        let mut state = seed.max(1);
+        let words = (0..mebibytes << 17).map(|_| random(&mut state)).collect();
+        Self { words }
+    }
+
+    fn checksum(&self) -> u64 {
+        self.words.iter().fold(0, |sum: u64, word| sum.rotate_left(5) ^ word)
+    }
+}
+
+const BLOCK: usize = 16384;
+const BLOCKS: u64 = 64;
+
+/// A writer that keeps in memory what each of its blocks on the disk must hold. It reads a block before it writes
+/// it anew, past all caches: a disk that is older or newer than the memory shows.
+struct Writer {
+    disk: File,
+    first: u64,
+    expected: Vec<u64>,
+    buffer: &'static mut [u64],
+    state: u64,
+    wrong: Vec<String>,
+}
+
+impl Writer {
+    fn new(number: u64) -> Self {
+        let disk = OpenOptions::new().read(true).write(true).custom_flags(0o40000).open("/dev/vda").unwrap();
+        let layout = Layout::from_size_align(BLOCK, 4096).unwrap();
+        // Lives as long as the machine.
+        let buffer = unsafe { std::slice::from_raw_parts_mut(alloc_zeroed(layout).cast(), BLOCK / 8) };
+        Self { disk, first: number * BLOCKS, expected: vec![0; BLOCKS as usize], buffer, state: number + 1, wrong: Vec::new() }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        unsafe { std::slice::from_raw_parts_mut(self.buffer.as_mut_ptr().cast(), BLOCK) }
+    }
+
+    fn check(&mut self, block: u64) {
+        let at = (self.first + block) * BLOCK as u64;
+        let disk = self.disk.try_clone().unwrap();
+        disk.read_exact_at(self.bytes(), at).unwrap();
+        let expected = self.expected[block as usize];
+        if let Some(word) = self.buffer.iter().find(|word| **word != expected) {
+            self.wrong.push(format!("block {block}: {word} instead of {expected}"));
+        }
+    }
+
+    fn step(&mut self) {
+        let block = random(&mut self.state) % BLOCKS;
+        self.check(block);
+        let next = self.expected[block as usize] + 1;
+        self.buffer.fill(next);
+        let at = (self.first + block) * BLOCK as u64;
+        let disk = self.disk.try_clone().unwrap();
+        disk.write_all_at(self.bytes(), at).unwrap();
+        self.expected[block as usize] = next;
+    }
+}
+
+struct Load {
+    stop: Arc<AtomicBool>,
+    writers: Vec<JoinHandle<Writer>>,
+}
+
+impl Load {
+    fn start(writers: Vec<Writer>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers = writers
+            .into_iter()
+            .map(|mut writer| {
+                let stop = Arc::clone(&stop);
+                thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        writer.step();
+                    }
+                    writer
+                })
+            })
+            .collect();
+        Self { stop, writers }
+    }
+
+    /// Ends the writers and looks at every block: `good`, and how many writes there were.
+    fn verdict(self) -> String {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut writes = 0;
+        let mut wrong = Vec::new();
+        for writer in self.writers {
+            let mut writer = writer.join().unwrap();
+            for block in 0..BLOCKS {
+                writer.check(block);
+            }
+            writes += writer.expected.iter().sum::<u64>();
+            wrong.append(&mut writer.wrong);
+        }
+        match wrong.first() {
+            None => format!("good {writes}"),
+            Some(first) => format!("{} wrong blocks: {first}", wrong.len()),
+        }
+    }
+}
+
 fn main() {
+    let mut dirt = Vec::new();
+    let mut load = None;
     mount_at("proc", "/proc");
     mount_at("sysfs", "/sys");
     mount_at("devtmpfs", "/dev");
@@ -82,6 +216,27 @@ fn main() {
                 let outcome = (0..number).try_for_each(|_| disk.write_all(&block)).and_then(|()| disk.sync_all());
                 format!("{outcome:?}")
             }
+            "count" => {
+                count();
+                "counting".to_owned()
+            }
+            "counter" => COUNTER.load(Ordering::SeqCst).to_string(),
+            "dirty" => {
+                dirt.push(Dirt::new(number, dirt.len() as u64 + 1));
+                "dirty".to_owned()
+            }
+            // Forgets what was dirtied last.
+            "clean" => {
+                dirt.pop();
+                "clean".to_owned()
+            }
+            "checksum" => dirt.iter().map(|dirt: &Dirt| format!("{:x}", dirt.checksum())).collect::<Vec<_>>().join(" "),
+            "load" => {
+                load = Some(Load::start((0..number).map(Writer::new).collect()));
+                "loaded".to_owned()
+            }
+            "verdict" => load.take().map_or("no load".to_owned(), |load: Load| load.verdict()),
+            "memory" => fs::read_to_string("/proc/meminfo").unwrap().lines().next().unwrap_or("").to_owned(),
             "net" => fs::read_to_string("/sys/class/net/eth0/address").unwrap_or_default().trim().to_owned(),
             "flood" => {
                 for count in 0..number {

@@ -1,10 +1,13 @@
 //! Machines for the tests: a small guest, the kernels at hand, and everything ends with the test.
 #![allow(
+    dead_code,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::print_stdout,
     reason = "helpers of tests"
 )]
+
+pub mod captured;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +15,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hypeman_kernel::{BootArtifacts, KernelOptions, Kernels};
-use hypeman_vmm::{Accelerator, AgentChannel, Disk, Machine, MachineSpec, Vmm, VmmKind, VmmOptions, Vmms};
+use hypeman_vmm::{
+    Accelerator, AgentChannel, Disk, Machine, MachineSpec, MemoryBacking, Vmm, VmmKind, VmmOptions, Vmms,
+};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -54,6 +59,7 @@ impl Lab {
             .prepare(guest)
             .unwrap();
         let vmms = Vmms::detect(VmmOptions {
+            qemu_binary: std::env::var_os("HYPEMAN_TEST_QEMU").map(PathBuf::from),
             accelerator: Some(Accelerator::Tcg),
             ..VmmOptions::default()
         });
@@ -80,7 +86,7 @@ impl Lab {
             id: id.to_owned(),
             cpus: 1,
             memory_bytes: 128 << 20,
-            memory_file: None,
+            memory: MemoryBacking::Anonymous,
             kernel: self.boot.kernel.clone(),
             initramfs: self.boot.initramfs.clone(),
             kernel_arguments: Vec::new(),
@@ -192,6 +198,39 @@ pub async fn ended(machine: &dyn Machine) {
     tokio::time::timeout(PATIENCE, machine.exited())
         .await
         .expect("the machine should have ended");
+}
+
+/// A file system of a few mebibytes that goes away with the test.
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    pub fn mount(path: PathBuf) -> Option<Self> {
+        std::fs::create_dir_all(&path).unwrap();
+        let mounted = mount(&["-t", "tmpfs", "-o", "size=4m", "none"], &path);
+        if !mounted {
+            println!("SKIPPED: mounting a small file system needs root");
+        }
+        mounted.then_some(Self(path))
+    }
+
+    pub fn grow(&self) {
+        assert!(mount(&["-o", "remount,size=64m"], &self.0));
+    }
+
+    pub fn shrink(&self) {
+        assert!(mount(&["-o", "remount,size=4m"], &self.0));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn mount(arguments: &[&str], path: &Path) -> bool {
+    let output = Command::new("mount").args(arguments).arg(path).output();
+    output.is_ok_and(|output| output.status.success())
 }
 
 /// Kernels at hand, the quickest first: `HYPEMAN_TEST_KERNEL` names them as `PATH` names directories.

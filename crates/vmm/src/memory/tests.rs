@@ -1,0 +1,194 @@
+//! On memory of this very process, where everything is known.
+#![allow(unsafe_code)]
+
+use std::os::fd::AsFd;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+use super::*;
+use crate::ProcessIdentity;
+
+const PAGE: u64 = 4096;
+
+/// A mapping that ends with its test.
+struct Mapping {
+    address: *mut u8,
+    length: usize,
+}
+
+impl Mapping {
+    fn anonymous(length: u64) -> Self {
+        // SAFETY: a fresh mapping, of nothing that exists.
+        let address = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                length as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        };
+        Self::of(address.unwrap(), length)
+    }
+
+    fn of_file(file: &File, length: u64) -> Self {
+        // SAFETY: as above; the file is not changed meanwhile.
+        let address = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                length as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+                file.as_fd(),
+                0,
+            )
+        };
+        Self::of(address.unwrap(), length)
+    }
+
+    fn of(address: *mut std::ffi::c_void, length: u64) -> Self {
+        Self {
+            address: address.cast(),
+            length: length as usize,
+        }
+    }
+
+    fn page(&mut self, number: u64) -> &mut [u8] {
+        let offset = (number * PAGE) as usize;
+        assert!(offset < self.length);
+        // SAFETY: inside the mapping, and borrowed with it.
+        unsafe { std::slice::from_raw_parts_mut(self.address.add(offset), PAGE as usize) }
+    }
+
+    fn memory(&self) -> GuestMemory {
+        let identity = ProcessIdentity::read(std::process::id()).unwrap();
+        let process = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
+        GuestMemory::open(Arc::new(process), self.address as u64, self.length as u64).unwrap()
+    }
+
+    /// Keeps the kernel from making one large page of a small one that is touched.
+    fn in_small_pages(self) -> Self {
+        // SAFETY: advice about a mapping that is ours.
+        unsafe { madvise(self.address.cast(), self.length, Advice::LinuxNoHugepage) }.unwrap();
+        self
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: ours alone, and nobody borrows it any more.
+        unsafe { munmap(self.address.cast(), self.length) }.unwrap();
+    }
+}
+
+fn pages(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+    ranges
+        .iter()
+        .map(|range| range.start / PAGE..range.end / PAGE)
+        .collect()
+}
+
+#[tokio::test]
+async fn only_written_pages_of_anonymous_memory_are_populated() {
+    let mut mapping = Mapping::anonymous(64 * PAGE).in_small_pages();
+    for page in [0, 1, 2, 10, 63] {
+        mapping.page(page)[7] = 1;
+    }
+    let memory = mapping.memory();
+    assert!(!memory.is_private_mapping());
+    assert_eq!(pages(&memory.populated().unwrap()), [0..3, 10..11, 63..64]);
+
+    let copy = File::from(memory.copy_to_memfd(&memory.populated().unwrap()).unwrap());
+    assert_eq!(copy.metadata().unwrap().len(), 64 * PAGE);
+    let mut bytes = vec![0xff; 64 * PAGE as usize];
+    copy.read_exact_at(&mut bytes, 0).unwrap();
+    for page in 0..64 {
+        let written = [0, 1, 2, 10, 63].contains(&page);
+        let start = (page * PAGE) as usize;
+        let mut expected = vec![0; PAGE as usize];
+        expected[7] = u8::from(written);
+        assert_eq!(bytes[start..start + PAGE as usize], expected, "page {page}");
+    }
+}
+
+#[tokio::test]
+async fn only_changed_pages_of_a_private_mapping_are_populated_and_the_file_stays() {
+    let file = tempfile::tempfile().unwrap();
+    let original: Vec<u8> = (0..64 * PAGE).map(|at| (at / PAGE) as u8).collect();
+    file.write_all_at(&original, 0).unwrap();
+    let mut mapping = Mapping::of_file(&file, 64 * PAGE);
+    let sum: u64 = (0..64).map(|page| u64::from(mapping.page(page)[0])).sum();
+    assert_eq!(sum, 63 * 64 / 2, "all pages are read, so all are present");
+    let memory = mapping.memory();
+    assert!(memory.is_private_mapping());
+    assert_eq!(memory.populated().unwrap(), []);
+
+    mapping.page(5)[0] = 200;
+    memory.write(40 * PAGE + 100, &[9; 8192]).unwrap();
+    assert_eq!(pages(&memory.populated().unwrap()), [5..6, 40..43]);
+    assert_eq!(mapping.page(41)[0], 9);
+    let mut bytes = [0; 2];
+    memory.read(40 * PAGE + 99, &mut bytes).unwrap();
+    assert_eq!(bytes, [40, 9]);
+    let mut now = vec![0; original.len()];
+    file.read_exact_at(&mut now, 0).unwrap();
+    assert!(now == original);
+}
+
+#[tokio::test]
+async fn both_ways_to_read_page_tables_agree() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(30000 * PAGE).unwrap();
+    for private in [false, true] {
+        let mapping = match private {
+            true => Mapping::of_file(&file, 30000 * PAGE),
+            false => Mapping::anonymous(30000 * PAGE),
+        };
+        let mut mapping = mapping.in_small_pages();
+        let mut state = 1_u64;
+        for _ in 0..20000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let page = (state >> 33) % 30000;
+            mapping.page(page)[0] = 1;
+            if private {
+                assert_eq!(mapping.page((page * 7) % 30000)[1], 0);
+            }
+        }
+        let memory = mapping.memory();
+        let words = populated::by_words(
+            &memory.inner.directory,
+            memory.inner.address,
+            memory.len(),
+            private,
+        )
+        .unwrap();
+        assert!(words.len() > 5000);
+        assert_eq!(words, memory.populated().unwrap());
+    }
+}
+
+#[tokio::test]
+async fn nothing_beyond_the_end_is_touched() {
+    let mapping = Mapping::anonymous(4 * PAGE);
+    let memory = mapping.memory();
+    let mut page = vec![0; PAGE as usize];
+    assert!(memory.read(3 * PAGE, &mut page).is_ok());
+    for offset in [3 * PAGE + 1, 4 * PAGE, u64::MAX] {
+        assert!(memory.read(offset, &mut page).is_err());
+        assert!(memory.write(offset, &page).is_err());
+    }
+}
+
+#[tokio::test]
+async fn memory_of_a_process_that_ended_is_an_error() {
+    let mut child = std::process::Command::new("/bin/sleep")
+        .arg("600")
+        .spawn()
+        .unwrap();
+    // It has no block of the size that is asked for, but it may be asked.
+    let identity = ProcessIdentity::read(child.id()).unwrap();
+    let process = Arc::new(ProcessHandle::of_recorded(&identity).unwrap().unwrap());
+    assert!(GuestMemory::open(Arc::clone(&process), 4096, 4096).is_err());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(GuestMemory::open(process, 4096, 4096).is_err());
+}
