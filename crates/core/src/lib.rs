@@ -1,5 +1,5 @@
-//! The pure domain: identifiers, names, the grammars of sizes, rates and durations, tags, and the instance
-//! state machine.
+//! The pure domain: identifiers, names, the grammars of sizes, rates and durations, tags, the instance state
+//! machine, and the rules of snapshots and their schedules.
 //!
 //! Nothing here does input or output, reads a clock or knows an async runtime. What needs randomness or the
 //! time is handed both, so that every rule can be tested as a function.
@@ -12,7 +12,9 @@ pub mod instance;
 pub mod name;
 pub mod platform;
 pub mod rate;
+pub mod schedule;
 pub mod size;
+pub mod snapshot;
 pub mod tags;
 pub mod time;
 

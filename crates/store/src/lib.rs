@@ -18,6 +18,8 @@ pub mod instances;
 pub mod journal;
 mod migrations;
 pub mod registry;
+pub mod schedules;
+pub mod snapshots;
 
 pub use database::Store;
 pub use error::StoreError;

@@ -1,6 +1,7 @@
 //! Which command may run in which state.
 
 use super::{InstanceState, Lifecycle};
+use crate::snapshot::SnapshotKind;
 
 /// What a client can ask of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +16,22 @@ pub enum Command {
     Update,
     /// Use the agent: exec, cp, stat.
     UseAgent,
+    /// Put memory and devices on disk and end the VMM.
+    Standby,
+    /// Go on with what standby kept.
+    Restore,
+    /// Make another instance of it.
+    Fork {
+        /// The source may be running.
+        from_running: bool,
+    },
+    /// Keep it as a snapshot.
+    Snapshot {
+        /// What of it.
+        kind: SnapshotKind,
+    },
+    /// Replace memory and disk by those of a snapshot. A VMM that still exists is ended first.
+    RestoreSnapshot,
 }
 
 /// A command that the state does not allow. Permanent: repeating it does not help.
@@ -60,6 +77,40 @@ pub fn permit(state: &Lifecycle, command: Command) -> Result<(), Refusal> {
         Command::UseAgent => match state {
             Lifecycle::Running => Ok(()),
             _ => refuse("running", "use its agent"),
+        },
+        Command::Standby => match state {
+            Lifecycle::Running => Ok(()),
+            _ => refuse("running", "go to standby"),
+        },
+        Command::Restore => match state {
+            Lifecycle::Standby => Ok(()),
+            _ => refuse("in standby", "be restored"),
+        },
+        Command::Fork { from_running } => match state {
+            Lifecycle::Stopped | Lifecycle::Standby => Ok(()),
+            Lifecycle::Running if from_running => Ok(()),
+            _ => refuse(
+                "stopped or in standby (or running, with from_running=true)",
+                "be forked",
+            ),
+        },
+        Command::Snapshot {
+            kind: SnapshotKind::Standby,
+        } => match state {
+            Lifecycle::Running | Lifecycle::Standby => Ok(()),
+            _ => refuse("running or in standby", "make a snapshot of kind Standby"),
+        },
+        Command::Snapshot {
+            kind: SnapshotKind::Stopped,
+        } => match state {
+            Lifecycle::Stopped => Ok(()),
+            _ => refuse("stopped", "make a snapshot of kind Stopped"),
+        },
+        Command::RestoreSnapshot => match state {
+            Lifecycle::Initializing(_) | Lifecycle::Running => {
+                refuse("stopped or in standby", "restore a snapshot")
+            }
+            _ => Ok(()),
         },
     }
 }
@@ -115,6 +166,45 @@ mod tests {
                 state == Lifecycle::Running,
                 "{state:?}"
             );
+        }
+    }
+
+    #[test]
+    fn what_keeps_or_brings_back_memory_has_the_states_of_the_contract() {
+        use InstanceState as S;
+        let standby_snapshot = Command::Snapshot {
+            kind: SnapshotKind::Standby,
+        };
+        let stopped_snapshot = Command::Snapshot {
+            kind: SnapshotKind::Stopped,
+        };
+        let fork = |from_running| Command::Fork { from_running };
+        for (command, allowed) in [
+            (Command::Standby, vec![S::Running]),
+            (Command::Restore, vec![S::Standby]),
+            (fork(false), vec![S::Stopped, S::Standby]),
+            (fork(true), vec![S::Running, S::Stopped, S::Standby]),
+            (standby_snapshot, vec![S::Running, S::Standby]),
+            (stopped_snapshot, vec![S::Stopped]),
+            (
+                Command::RestoreSnapshot,
+                vec![
+                    S::Created,
+                    S::Paused,
+                    S::Shutdown,
+                    S::Stopped,
+                    S::Standby,
+                    S::Unknown,
+                ],
+            ),
+        ] {
+            for state in every_state() {
+                assert_eq!(
+                    permit(&state, command).is_ok(),
+                    allowed.contains(&state.state()),
+                    "{command:?} in {state:?}"
+                );
+            }
         }
     }
 

@@ -129,6 +129,15 @@ pub enum Observation {
     ShutdownBegun,
     /// The VMM process is gone.
     VmmGone,
+    /// Memory and devices are on disk for good, and no VMM runs.
+    StandbyReached,
+    /// A VMM runs on with memory and devices from disk.
+    Restored {
+        /// No agent was asked for, so none is awaited.
+        without_agent: bool,
+    },
+    /// Memory and devices are no longer kept; only the disk counts.
+    MemoryDropped,
     /// VMM or agent stopped answering.
     Unresponsive {
         /// Why, for people.
@@ -180,6 +189,15 @@ impl Lifecycle {
                     agent_ready: *without_agent,
                 })
             }
+            // What is captured was running, so its program is started. Whether its agent answers is still to be seen.
+            (Self::Created | Self::Stopped | Self::Standby, Observation::Restored { without_agent }) => {
+                Self::progress(Readiness {
+                    program_started: true,
+                    agent_ready: *without_agent,
+                })
+            }
+            (_, Observation::StandbyReached) => Self::Standby,
+            (Self::Created | Self::Stopped | Self::Standby, Observation::MemoryDropped) => Self::Stopped,
             (state @ (Self::Created | Self::Stopped | Self::Standby), _) => state,
             (Self::Unknown { before, .. }, Observation::Responsive) => *before,
             (Self::Unknown { before, .. }, Observation::Unresponsive { reason }) => Self::Unknown {
@@ -234,6 +252,9 @@ mod tests {
             Just(Observation::Resumed),
             Just(Observation::ShutdownBegun),
             Just(Observation::VmmGone),
+            Just(Observation::StandbyReached),
+            any::<bool>().prop_map(|without_agent| Observation::Restored { without_agent }),
+            Just(Observation::MemoryDropped),
             "[a-z]{1,8}".prop_map(|reason| Observation::Unresponsive { reason }),
             Just(Observation::Responsive),
         ]
@@ -246,8 +267,8 @@ mod tests {
             let mut vmm = false;
             for seen in &history {
                 match seen {
-                    Observation::Launched { .. } => vmm = true,
-                    Observation::VmmGone => vmm = false,
+                    Observation::Launched { .. } | Observation::Restored { .. } => vmm = true,
+                    Observation::VmmGone | Observation::StandbyReached => vmm = false,
                     _ => {}
                 }
                 state = state.observe(seen);
@@ -276,6 +297,30 @@ mod tests {
             prop_assert_eq!(half.state(), InstanceState::Initializing);
             prop_assert_eq!(half.observe(&order[1]), Lifecycle::Running);
         }
+    }
+
+    #[test]
+    fn standby_is_left_by_being_restored_or_by_losing_the_memory() {
+        let standby = Lifecycle::Running.observe(&Observation::StandbyReached);
+        assert_eq!(standby, Lifecycle::Standby);
+        let restored = standby
+            .clone()
+            .observe(&Observation::Restored { without_agent: false });
+        assert_eq!(restored.state(), InstanceState::Initializing);
+        assert_eq!(restored.observe(&Observation::AgentReady), Lifecycle::Running);
+        let without_agent = standby
+            .clone()
+            .observe(&Observation::Restored { without_agent: true });
+        assert_eq!(without_agent, Lifecycle::Running);
+        assert_eq!(
+            standby.clone().observe(&Observation::MemoryDropped),
+            Lifecycle::Stopped
+        );
+        assert_eq!(standby.clone().observe(&Observation::VmmGone), standby);
+        assert_eq!(
+            Lifecycle::Running.observe(&Observation::MemoryDropped),
+            Lifecycle::Running
+        );
     }
 
     #[test]

@@ -8,7 +8,10 @@
 //!     │                     └──────────►   Paused │ Shutdown ──── exit ──► Stopped   └─► Initializing
 //!                                             (resume)
 //!  any state with a VMM ── VMM or agent does not answer ──► Unknown ── answers / exits ──► as observed
-//!  Running ── standby ──► Standby ── restore ──► Running
+//!
+//!  any state ──── memory and devices are on disk, no VMM ────► Standby ─┬─ memory dropped ─► Stopped
+//!                                                                       │ restored
+//!  Created, Stopped ── restored (fork, snapshot in place) ──────────────┴─► Initializing ── agent answers ─► Running
 //! ```
 //!
 //! Two functions decide everything and touch nothing: [`permit`] says whether a command may run in a state,
