@@ -39,7 +39,7 @@ pub use host::{LoopDisk, have, hypervisors, is_root, kernel, repository};
 pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
 pub use processes::{VmmProcess, vmms_of};
 pub use server::{Server, ServerOptions};
-pub use sse::LogStream;
+pub use sse::{EventStream, LogStream};
 pub use token::{Claims, mint, mint_with};
 
 use std::time::Duration;

@@ -12,7 +12,18 @@ use hypeman_tests::{
 };
 use serde_json::{Value, json};
 
-const GROUPS: [&str; 7] = [
+const GROUPS: [&str; 18] = [
+    "standby.",
+    "restore.",
+    "capture.",
+    "snapshot.delete.",
+    "snapshot.",
+    "rewind.",
+    "fork.",
+    "memory.sweep.",
+    "memory.",
+    "compress.",
+    "schedule.",
     "create.",
     "start.",
     "stop.",
@@ -22,7 +33,7 @@ const GROUPS: [&str; 7] = [
     "image.",
 ];
 
-fn group(prefix: &'static str) -> impl Iterator<Item = &'static str> {
+pub(crate) fn group(prefix: &'static str) -> impl Iterator<Item = &'static str> {
     let belongs =
         move |point: &&str| GROUPS.into_iter().find(|group| point.starts_with(group)) == Some(prefix);
     faults::ALL.iter().copied().filter(belongs)
@@ -36,7 +47,7 @@ fn every_step_belongs_to_a_story() {
 
 /// Every path of the data directory but those that belong to the server and not to an object: the database's own,
 /// boot files and templates, which are made when they are first needed.
-fn paths(directory: &Path) -> BTreeSet<String> {
+pub(crate) fn paths(directory: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut open = vec![directory.to_owned()];
     while let Some(next) = open.pop() {
@@ -58,14 +69,14 @@ fn paths(directory: &Path) -> BTreeSet<String> {
     found
 }
 
-fn left_nothing(server: &Server, before: &BTreeSet<String>, point: &str) {
+pub(crate) fn left_nothing(server: &Server, before: &BTreeSet<String>, point: &str) {
     let after = paths(server.data_directory());
     let left: Vec<&String> = after.difference(before).collect();
     assert!(left.is_empty(), "{point} left {left:?}");
 }
 
 /// A server that dies at `point` during `operation`, and lives again.
-async fn cut<F: Future>(
+pub(crate) async fn cut<F: Future>(
     server: &mut Server,
     point: &str,
     operation: impl FnOnce(hypeman_tests::Client) -> F,

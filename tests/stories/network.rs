@@ -128,3 +128,81 @@ async fn with_the_privilege_instances_get_an_address_apart_from_each_other() {
     let taps = Namespace::output(&["ip", "-o", "link", "show", "type", "tun"]);
     assert_eq!(taps, "", "no TAP is left; before: {before}");
 }
+
+/// The address, as the guest has it.
+async fn address_in(guest: &hypeman_tests::Guest) -> String {
+    guest
+        .output("ip -4 -o addr show eth0 | sed -n 's/.*inet \\([0-9.]*\\).*/\\1/p'")
+        .await
+}
+
+#[tokio::test]
+async fn a_fork_never_speaks_under_the_address_of_its_source() {
+    skip_unless!(
+        have("busybox") && is_root() && have("ip") && have("nft"),
+        "needs root, ip, nft and busybox-static"
+    );
+    let Some(_namespace) = Namespace::enter() else {
+        skip_unless!(false, "cannot make network namespaces here");
+        return;
+    };
+    Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    for hypervisor in hypeman_tests::hypervisors() {
+        let overrides = json!({"name": "source", "hypervisor": hypervisor, "network": {"enabled": true}});
+        let source = server.run(&image, overrides).await;
+        let gateway = source
+            .output("ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'")
+            .await;
+        // A workload that speaks all the time, so that it would speak too early if it could.
+        source
+            .output(&format!("ping -i 0.05 {gateway} >/dev/null 2>&1 </dev/null &"))
+            .await;
+        let body = json!({"name": "copy", "from_running": true, "count": 2});
+        let path = format!("/instances/{}/fork", source.id);
+        let forks = client.post(&path, &body).await.expect(201).json();
+        let mut seen = std::collections::BTreeSet::from([address_in(&source).await]);
+        for fork in forks["forks"].as_array().unwrap() {
+            assert!(fork["error"].is_null(), "{fork}");
+            let shown = &fork["instance"];
+            let copy = server.guest(shown["id"].as_str().unwrap());
+            let address = address_in(&copy).await;
+            assert_eq!(address, shown["network"]["ip"].as_str().unwrap());
+            assert!(seen.insert(address.clone()), "{address} twice");
+            let mac = shown["network"]["mac"].as_str().unwrap();
+            assert!(copy.output("ip link show eth0").await.contains(mac));
+            copy.output(&format!("ping -c 2 -w 20 {gateway}")).await;
+            assert_eq!(copy.output("hostname").await, fork["name"].as_str().unwrap());
+        }
+        source.output(&format!("ping -c 2 -w 20 {gateway}")).await;
+        let neighbours = Namespace::output(&["ip", "neigh", "show"]);
+        for address in &seen {
+            assert_eq!(
+                neighbours
+                    .lines()
+                    .filter(|line| line.starts_with(&format!("{address} ")))
+                    .count(),
+                1,
+                "{neighbours}"
+            );
+        }
+        let standby = format!("/instances/{}/standby", source.id);
+        let before = address_in(&source).await;
+        client.post_empty(&standby).await.expect(200);
+        client
+            .post_empty(&format!("/instances/{}/restore", source.id))
+            .await
+            .expect(200);
+        assert_eq!(address_in(&source).await, before, "standby keeps the address");
+        source.output(&format!("ping -c 2 -w 20 {gateway}")).await;
+        for instance in client.get("/instances").await.json().as_array().unwrap() {
+            server.guest(instance["id"].as_str().unwrap()).delete().await;
+        }
+    }
+    assert_eq!(
+        Namespace::output(&["ip", "-o", "link", "show", "type", "tun"]),
+        ""
+    );
+}

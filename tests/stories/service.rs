@@ -82,7 +82,6 @@ async fn what_is_not_built_yet_is_absent() {
         "/pushes",
         "/ingresses",
         "/devices",
-        "/snapshots",
         "/nonsense",
     ] {
         assert_eq!(server.client().get(path).await.status, 404, "{path}");

@@ -6,6 +6,7 @@ mod exec;
 mod list;
 mod memory;
 mod seed;
+mod snapshots;
 
 pub use convert::convert_once;
 
@@ -17,7 +18,7 @@ use crate::report::Section;
 type Run = fn(&Context, &mut Section) -> Result<()>;
 
 /// All benches: name, what is measured against what, and the code.
-pub const ALL: [(&str, &str, Run); 5] = [
+pub const ALL: [(&str, &str, Run); 6] = [
     (
         "boot",
         "create to Running, against bare QEMU booting the same kernel to an init that exits",
@@ -37,6 +38,11 @@ pub const ALL: [(&str, &str, Run); 5] = [
         "list",
         "GET /instances with 1,000 stored, against a bare HTTP server with the same bytes",
         list::run,
+    ),
+    (
+        "snapshots",
+        "GET /snapshots with 100,000 stored, against serialising the same objects",
+        snapshots::run,
     ),
     ("memory", "resident memory of the server", memory::run),
 ];

@@ -13,9 +13,9 @@ use crate::server::{Server, call, create_running, small_instance};
 /// Instances in the store afterwards.
 pub(super) const STORED: usize = 1000;
 
-/// Returns the server with [`STORED`] stopped instances, and the image that they have.
-pub(super) fn server_with_instances(server: Server) -> Result<(Server, String)> {
-    let image = push_busybox(&server)?;
+/// Boots an instance and stops it: its id and its image.
+pub(super) fn stopped_instance(server: &Server) -> Result<(String, String)> {
+    let image = push_busybox(server)?;
     let mut api = server.connect()?;
     let id = create_running(&mut api, &small_instance("bench-seed", &image, "qemu"))?;
     call(&mut api, "POST", &format!("/instances/{id}/stop"), None, 200)?;
@@ -26,7 +26,12 @@ pub(super) fn server_with_instances(server: Server) -> Result<(Server, String)> 
         None,
         200,
     )?;
-    drop(api);
+    Ok((id, image))
+}
+
+/// Returns the server with [`STORED`] stopped instances, and the image that they have.
+pub(super) fn server_with_instances(server: Server) -> Result<(Server, String)> {
+    let (_, image) = stopped_instance(&server)?;
     let server = server.restart(multiply)?;
     let mut api = server.connect()?;
     let list = call(&mut api, "GET", "/instances", None, 200)?;

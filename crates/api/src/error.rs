@@ -55,13 +55,17 @@ pub mod code {
     pub const AMBIGUOUS: &str = "ambiguous";
     pub const CONFLICT: &str = "conflict";
     pub const CREDENTIAL_CONFLICT: &str = "credential_conflict";
+    pub const CURSOR_GONE: &str = "cursor_gone";
     pub const IMAGE_NOT_READY: &str = "image_not_ready";
+    pub const INCOMPATIBLE: &str = "incompatible";
     pub const INSTANCE_EXPIRED: &str = "instance_expired";
     pub const INSUFFICIENT_RESOURCES: &str = "insufficient_resources";
     pub const INTERNAL_ERROR: &str = "internal_error";
     pub const INVALID_AUTO_STANDBY: &str = "invalid_auto_standby";
     pub const INVALID_BANDWIDTH_DOWNLOAD: &str = "invalid_bandwidth_download";
     pub const INVALID_BANDWIDTH_UPLOAD: &str = "invalid_bandwidth_upload";
+    pub const INVALID_COMPRESSION_DELAY: &str = "invalid_compression_delay";
+    pub const INVALID_CURSOR: &str = "invalid_cursor";
     pub const INVALID_DISK_IO_BPS: &str = "invalid_disk_io_bps";
     pub const INVALID_EXPIRES_AT: &str = "invalid_expires_at";
     pub const INVALID_HEALTH_CHECK: &str = "invalid_health_check";
@@ -72,6 +76,7 @@ pub mod code {
     pub const INVALID_REQUEST: &str = "invalid_request";
     pub const INVALID_RESTART_POLICY: &str = "invalid_restart_policy";
     pub const INVALID_SIZE: &str = "invalid_size";
+    pub const INVALID_SNAPSHOT_COMPRESSION: &str = "invalid_snapshot_compression";
     pub const INVALID_SNAPSHOT_POLICY: &str = "invalid_snapshot_policy";
     pub const INVALID_STATE: &str = "invalid_state";
     pub const INVALID_TIMEOUT: &str = "invalid_timeout";
@@ -79,6 +84,9 @@ pub mod code {
     pub const LOG_NOT_FOUND: &str = "log_not_found";
     pub const NAME_CONFLICT: &str = "name_conflict";
     pub const NOT_FOUND: &str = "not_found";
+    pub const NOT_SUPPORTED: &str = "not_supported";
     pub const PLATFORM_NOT_AVAILABLE: &str = "platform_not_available";
     pub const RATE_LIMITED: &str = "rate_limited";
+    pub const RESTORE_FAILED: &str = "restore_failed";
+    pub const SNAPSHOT_DAMAGED: &str = "snapshot_damaged";
 }

@@ -6,6 +6,7 @@
 
 pub mod copy;
 pub mod error;
+pub mod event;
 pub mod exec;
 pub mod image;
 pub mod instance;
@@ -14,6 +15,7 @@ pub mod query;
 pub mod registry;
 pub mod resources;
 pub mod service;
+pub mod snapshot;
 pub mod tags;
 
 pub use error::{ErrorBody, ErrorDetail};
@@ -23,6 +25,7 @@ pub use instance::{
     UpdateInstanceRequest, WaitResponse,
 };
 pub use service::{Capabilities, Health};
+pub use snapshot::{Snapshot, SnapshotKind, SnapshotSchedule};
 
 /// Version of the contract: `info.version` of the OpenAPI document and `server.api_version` of `/capabilities`.
 pub const API_VERSION: &str = "0.3.0";

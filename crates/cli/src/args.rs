@@ -115,6 +115,15 @@ pub enum Command {
     Start(commands::lifecycle::StartArgs),
     /// Delete instances
     Rm(commands::lifecycle::RmArgs),
+    /// Put running instances to standby: memory on disk, nothing runs
+    Standby(commands::standby::StandbyArgs),
+    /// Let instances go on from standby
+    Restore(commands::standby::RestoreArgs),
+    /// Make copies of an instance, memory included
+    Fork(commands::standby::ForkArgs),
+    /// Work with snapshots of instances
+    #[command(subcommand, visible_alias = "snapshots")]
+    Snapshot(commands::snapshot::SnapshotCommand),
     /// Wait until an instance reaches a state
     Wait(commands::wait::WaitArgs),
     /// Show what instances use

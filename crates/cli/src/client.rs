@@ -128,6 +128,14 @@ impl Client {
         self.send(Method::GET, segments, query, None::<&()>, None).await
     }
 
+    /// `POST` without a body, answered with a stream of events. No deadline for the whole.
+    ///
+    /// # Errors
+    /// When the server refuses or is not reachable.
+    pub async fn follow(&self, segments: &[&str]) -> Result<Response, CliError> {
+        self.send(Method::POST, segments, &[], None::<&()>, None).await
+    }
+
     /// A request with a JSON body, answered with a document.
     ///
     /// # Errors
@@ -168,9 +176,11 @@ impl Client {
         if let Some(key) = &self.settings.api_key {
             request = request.bearer_auth(key);
         }
-        if let Some(limit) = limit {
-            request = request.timeout(limit);
-        }
+        request = match limit {
+            Some(limit) => request.timeout(limit),
+            // What has no deadline is a stream.
+            None => request.header(reqwest::header::ACCEPT, "text/event-stream"),
+        };
         if let Some(body) = body {
             request = request.json(body);
         }

@@ -103,8 +103,8 @@ impl Document {
         }
     }
 
-    /// Replaces the values of the member `key` of every object on the first two levels (an instance, or a list of
-    /// them) by stars. Used for `env`, which the server returns in clear.
+    /// Replaces the values of every object that is a member `key` by stars, however deep it lies. Used for `env`,
+    /// which the server returns in clear.
     pub fn mask_values(&mut self, key: &str) {
         match self {
             Self::Array(items) => items.iter_mut().for_each(|item| item.mask_values(key)),
@@ -116,6 +116,8 @@ impl Document {
                         for (_, secret) in entries {
                             *secret = Self::String("********".to_owned());
                         }
+                    } else {
+                        value.mask_values(key);
                     }
                 }
             }

@@ -202,7 +202,9 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (404, _) if message.contains("no endpoint") => {
             "this server does not have that: `hypeman capabilities` shows its version and what it can do"
         }
-        (404, _) => "`hypeman ps -a` lists instances, `hypeman image list` lists images",
+        (404, _) => {
+            "`hypeman ps -a` lists instances, `hypeman image list` images, `hypeman snapshot list` snapshots"
+        }
         (_, "ambiguous") => "more than one matches: give the full id (`hypeman ps -a`)",
         (_, "name_conflict" | "already_exists") => {
             "choose another --name, or `hypeman rm` the one that has it"
@@ -218,7 +220,9 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (_, "invalid_bandwidth_download" | "invalid_bandwidth_upload") => {
             "write bits (1Gbps) or bytes (100MB/s) a second"
         }
-        (_, "invalid_ttl" | "invalid_timeout") => "durations look like 90s, 30m or 2h45m",
+        (_, "invalid_ttl" | "invalid_timeout" | "invalid_compression_delay") => {
+            "durations look like 90s, 30m or 2h45m"
+        }
         (_, "invalid_expires_at") => "write a future time, for example 2030-01-31T12:00:00Z",
         (_, "instance_expired") => "its deadline has passed and it is being deleted",
         (_, "image_not_ready") => "wait for it: `hypeman image get NAME` shows its status",
@@ -233,6 +237,15 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (_, "not_supported" | "not_implemented") => {
             "this hypervisor or server cannot do that: see `hypeman capabilities`"
         }
+        (_, "incompatible") => {
+            "nothing was started: do what the message says, or fork a Stopped snapshot instead"
+        }
+        (_, "snapshot_damaged") => {
+            "nothing was started: `hypeman snapshot verify` says what else is damaged; use another snapshot"
+        }
+        (_, "restore_failed") => "`hypeman logs --source vmm` and `--source hypeman` of the instance say why",
+        (_, "invalid_snapshot_compression") => "write zstd with level 1 to 19, or lz4 with level 0 to 9",
+        (_, "invalid_cursor") => "give the id of a snapshot that the list has shown",
         (_, "feature_disabled") => "switch it on in the server's configuration",
         (
             _,
@@ -296,6 +309,12 @@ mod tests {
             (409, "conflict"),
             (500, "internal_error"),
             (501, "not_supported"),
+            (409, "incompatible"),
+            (409, "snapshot_damaged"),
+            (409, "restore_failed"),
+            (400, "invalid_snapshot_compression"),
+            (400, "invalid_compression_delay"),
+            (400, "invalid_cursor"),
             (401, "Unauthorized"),
             (403, "Forbidden"),
             (400, "Bad Request"),

@@ -23,6 +23,7 @@ mod guest_program;
 pub mod output;
 mod progress;
 pub mod settings;
+mod sse;
 mod websocket;
 
 use std::process::ExitCode;

@@ -84,7 +84,11 @@ fn answer(mut stream: TcpStream, answers: &[(&str, u16, Value)]) -> std::io::Res
             (404, json!({"code": "not_found", "message": "resource not found"})),
             |(_, status, body)| (*status, body.clone()),
         );
-    let body = body.to_string();
+    // Text is a stream of events, all else JSON.
+    let body = match body {
+        Value::String(stream) => stream,
+        other => other.to_string(),
+    };
     write!(
         stream,
         "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
@@ -364,4 +368,142 @@ fn configuration_errors_name_the_key_and_the_place() {
         .unwrap();
     assert!(err(&output).contains("choose error, warn"), "{}", err(&output));
     assert!(out(&program.run(&["serve", "--list-keys"])).contains("limits.max_overlay_size"));
+}
+
+#[test]
+fn snapshots_are_found_by_name_and_forks_are_told_one_by_one() {
+    let program = Program::new();
+    let snapshot = |id: &str, parent: Value| {
+        json!({
+            "id": id, "name": "base", "kind": "Standby", "source_instance_id": "tz4a98xxat96iws9zmbrgj3a",
+            "source_instance_name": "web", "source_hypervisor": "qemu", "size_bytes": 1024, "parent": parent,
+            "created_at": "2026-09-01T12:00:00Z", "compression_state": "none"
+        })
+    };
+    let base = snapshot("q7z1w7l2af4l8y7q1h7g2m3s", Value::Null);
+    let next = snapshot("a7z1w7l2af4l8y7q1h7g2m3s", json!("q7z1w7l2af4l8y7q1h7g2m3s"));
+    let address = server(vec![
+        ("GET /snapshots?name=base", 200, json!([base])),
+        ("GET /snapshots?name=twice", 200, json!([base, next])),
+        ("GET /snapshots?name=absent", 200, json!([])),
+        (
+            "GET /snapshots/q7z1w7l2af4l8y7q1h7g2m3s/usage",
+            200,
+            json!({"own_bytes": 2048, "shared_bytes": 0, "freed_by_delete_bytes": 2048}),
+        ),
+        ("GET /snapshots/q7z1w7l2af4l8y7q1h7g2m3s", 200, base.clone()),
+        ("GET /snapshots", 200, json!([next, base])),
+        (
+            "POST /snapshots/q7z1w7l2af4l8y7q1h7g2m3s/fork",
+            201,
+            json!({"forks": [
+                {"name": "w-1", "instance": {"id": "abc123", "name": "w-1", "env": {"PASSWORD": "hush"}}},
+                {"name": "w-2", "error": {"code": "conflict", "message": "the name is taken"}}
+            ]}),
+        ),
+        (
+            "POST /instances/web/fork",
+            201,
+            json!({"id": "abc123", "name": "copy"}),
+        ),
+        (
+            "POST /instances/web/standby",
+            409,
+            json!({"code": "invalid_state", "message": "instance must be running to go to standby"}),
+        ),
+    ]);
+    let run = |arguments: &[&str]| {
+        let output = program
+            .command(arguments)
+            .env("HYPEMAN_BASE_URL", &address)
+            .output()
+            .unwrap();
+        assert!(!out(&output).contains("hush"), "{arguments:?}");
+        output
+    };
+    assert!(out(&run(&["snapshot", "list"])).starts_with("SNAPSHOT ID"));
+    assert_eq!(
+        out(&run(&["snapshot", "list", "-q"])),
+        "a7z1w7l2af4l8y7q1h7g2m3s\nq7z1w7l2af4l8y7q1h7g2m3s\n"
+    );
+    let tree = out(&run(&["snapshot", "tree"]));
+    assert!(
+        tree.starts_with("q7z1w7l2af4l8y7q1h7g2m3s base (web") && tree.contains("\n└─ a7z1"),
+        "{tree}"
+    );
+    assert!(out(&run(&["snapshot", "get", "base"])).contains("q7z1w7l2af4l8y7q1h7g2m3s"));
+    assert!(out(&run(&["snapshot", "usage", "base"])).contains("2.0 KiB"));
+    let twice = err(&run(&["snapshot", "get", "twice"]));
+    assert!(
+        twice.contains("several snapshots") && twice.contains("hint: give one of the ids"),
+        "{twice}"
+    );
+    assert!(err(&run(&["snapshot", "delete", "absent"])).contains("hypeman snapshot list"));
+
+    let forks = run(&["snapshot", "fork", "base", "w", "--count", "2"]);
+    assert_eq!(
+        (forks.status.code(), out(&forks)),
+        (Some(1), "abc123\n".to_owned())
+    );
+    assert!(err(&forks).contains("w-2: the name is taken"), "{}", err(&forks));
+    run(&[
+        "snapshot", "fork", "base", "w", "--count", "2", "--format", "json",
+    ]);
+    assert_eq!(out(&run(&["fork", "web", "copy"])), "abc123\n");
+
+    let refused = run(&["standby", "web"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        err(&refused).contains("must be running") && err(&refused).contains("hint: "),
+        "{}",
+        err(&refused)
+    );
+}
+
+#[test]
+fn verification_is_followed_to_its_result() {
+    let program = Program::new();
+    let progress = r#"data: {"state":"running","verified_bytes":512,"total_bytes":1024}"#;
+    let base = server(vec![
+        (
+            "POST /snapshots/aaaaaaaaaaaaaaaaaaaaaaaa/verify",
+            200,
+            json!(format!(
+                "{progress}\n\ndata: {{\"state\":\"intact\",\"verified_bytes\":1024,\"total_bytes\":1024}}\n\n"
+            )),
+        ),
+        (
+            "POST /snapshots/bbbbbbbbbbbbbbbbbbbbbbbb/verify",
+            200,
+            json!(
+                "data: {\"state\":\"damaged\",\"verified_bytes\":0,\"total_bytes\":1024,\"damage\":\"frame 3 of memory\"}\n\n"
+            ),
+        ),
+        (
+            "POST /snapshots/cccccccccccccccccccccccc/verify",
+            200,
+            json!(format!("{progress}\n\n")),
+        ),
+    ]);
+    let run = |id: &str, more: &[&str]| {
+        let mut arguments = vec!["snapshot", "verify", id, "--base-url", &base];
+        arguments.extend(more);
+        program.run(&arguments)
+    };
+    let intact = run("aaaaaaaaaaaaaaaaaaaaaaaa", &[]);
+    assert_eq!(
+        (intact.status.code(), out(&intact)),
+        (
+            Some(0),
+            "aaaaaaaaaaaaaaaaaaaaaaaa is intact: 1.0 KiB read\n".to_owned()
+        )
+    );
+    let damaged = run("bbbbbbbbbbbbbbbbbbbbbbbb", &["--format", "json"]);
+    assert_eq!(damaged.status.code(), Some(1));
+    assert!(err(&damaged).contains("frame 3 of memory"), "{}", err(&damaged));
+    let document: Value = serde_json::from_str(&out(&damaged)).unwrap();
+    assert_eq!(document["state"], "damaged");
+    let broken = run("cccccccccccccccccccccccc", &[]);
+    assert_eq!(broken.status.code(), Some(1));
+    assert!(err(&broken).contains("without a result"), "{}", err(&broken));
 }

@@ -37,11 +37,18 @@ impl Engine {
     /// Another server holds the directory, or it can't be read or written.
     pub async fn open(options: EngineOptions) -> Result<Arc<Self>, EngineError> {
         let shared = Shared::open(options).await?;
+        crate::snapshots::rows::recover(&shared)?;
         instances::recover(&shared).await?;
         shared.images.recover().await?;
-        let engine = Self { shared };
+        let engine = Arc::new(Self { shared });
         engine.start_housekeeping();
-        Ok(Arc::new(engine))
+        let schedules = crate::snapshots::schedules::run_forever(Arc::clone(&engine));
+        engine.shared.tasks.spawn(schedules);
+        Ok(engine)
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     fn start_housekeeping(&self) {
@@ -52,6 +59,14 @@ impl Engine {
                 tracing::warn!(%error, "no guest kernel yet");
             }
         });
+        let shared = Arc::clone(&self.shared);
+        self.shared
+            .tasks
+            .spawn(async move { shared.vault.sweep_forever().await });
+        let shared = Arc::clone(&self.shared);
+        self.shared
+            .tasks
+            .spawn(async move { shared.vault.compress_forever(&shared.events).await });
         let shared = Arc::clone(&self.shared);
         self.shared.tasks.spawn(async move {
             let closing = shared.closing.clone();
@@ -410,7 +425,7 @@ impl Engine {
 
     /// Carries work out to its end, also when the caller is dropped: a client that goes away must not leave
     /// anything half done.
-    async fn detached<T: Send + 'static>(
+    pub(crate) async fn detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, EngineError>> + Send + 'static,
     ) -> Result<T, EngineError> {
@@ -418,7 +433,7 @@ impl Engine {
         done.map_err(|error| EngineError::io("carry out the request", error.into()))?
     }
 
-    async fn ask<T>(
+    pub(crate) async fn ask<T>(
         &self,
         id: &str,
         request: impl FnOnce(oneshot::Sender<Result<T, EngineError>>) -> Request,

@@ -1,6 +1,8 @@
 //! Why the engine could not do something: one enum, mapped once at the HTTP edge.
 
+use hypeman_core::InvalidValue;
 use hypeman_core::instance::Refusal;
+use hypeman_core::snapshot::TargetRefusal;
 use hypeman_guest_api::ChannelError;
 use hypeman_images::ImageError;
 use hypeman_network::NetworkError;
@@ -34,6 +36,24 @@ pub enum EngineError {
     /// The name is taken.
     #[error("an instance named {0:?} already exists; choose another name or delete it first")]
     NameConflict(String),
+    /// The name of a fork is taken.
+    #[error("an instance named {0:?} already exists; choose another name for the fork or delete it first")]
+    ForkNameConflict(String),
+    /// Another object has what was asked for; permanent.
+    #[error("{0}")]
+    Conflict(String),
+    /// What was captured can't go on here; says what differs and what to do. Permanent.
+    #[error("this cannot be restored here: {0}")]
+    Incompatible(String),
+    /// A stored part is not what was stored. Permanent.
+    #[error("{0}; nothing was started from it")]
+    Damaged(String),
+    /// The guest was loaded and did not go on.
+    #[error("the restored guest did not go on: {0}")]
+    RestoreFailed(String),
+    /// Memory could not be kept or read.
+    #[error(transparent)]
+    Memory(hypeman_snapshots::Error),
     /// The request can't be carried out as it is. `code` is the contract's.
     #[error("{message}")]
     Invalid {
@@ -94,6 +114,11 @@ impl EngineError {
         }
     }
 
+    /// Shorthand for a part whose digest is wrong.
+    pub(crate) fn damaged(part: &str) -> Self {
+        Self::Damaged(format!("{part} is damaged: its digest is not the recorded one"))
+    }
+
     /// Whether the data disk is full: repeating helps once there is space.
     #[must_use]
     pub fn is_out_of_space(&self) -> bool {
@@ -136,6 +161,36 @@ impl From<VmmError> for EngineError {
                 Self::io("start the VMM", source)
             }
             other => Self::Vmm(other),
+        }
+    }
+}
+
+impl From<hypeman_snapshots::Error> for EngineError {
+    fn from(error: hypeman_snapshots::Error) -> Self {
+        if error.is_damage() {
+            Self::Damaged(error.to_string())
+        } else if error.is_no_space() {
+            Self::InsufficientResources(
+                "keep guest memory: no space left on the data disk; free some and retry".into(),
+            )
+        } else {
+            Self::Memory(error)
+        }
+    }
+}
+
+impl From<TargetRefusal> for EngineError {
+    fn from(refusal: TargetRefusal) -> Self {
+        Self::invalid("invalid_request", refusal.to_string())
+    }
+}
+
+impl From<InvalidValue> for EngineError {
+    fn from(error: InvalidValue) -> Self {
+        if error.field.is_empty() {
+            Self::invalid(error.code, error.message)
+        } else {
+            Self::invalid(error.code, format!("{}: {}", error.field, error.message))
         }
     }
 }

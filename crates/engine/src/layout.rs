@@ -8,6 +8,9 @@
 //!    images/<hex>/rootfs.erofs    root disks by manifest digest
 //!    images/.work/                conversions under way; emptied at start
 //!    instances/<id>/overlay.raw   writable layer      logs/{app,vmm,hypeman}.log[.N]
+//!    instances/<id>/standby-*/    device state and manifest of an instance in standby
+//!    snapshots/<id>/              device state, manifest and writable layer of a snapshot
+//!    memory/                      memory images, shared by snapshots and instances in standby
 //!    system/{kernel,initramfs}/   boot artifacts      system/overlays/<bytes>.ext4 templates
 //!  runtime directory/<id>/        sockets of a VMM; below the data directory where paths are short enough
 //! ```
@@ -48,6 +51,8 @@ impl Layout {
             layout.images(),
             layout.image_work(),
             layout.instances(),
+            layout.snapshots(),
+            layout.memory(),
             layout.system(),
             layout.overlay_templates(),
         ] {
@@ -93,8 +98,31 @@ impl Layout {
         self.instances().join(id)
     }
 
-    pub(crate) fn overlay(&self, id: &str) -> PathBuf {
-        self.instance(id).join("overlay.raw")
+    /// Writable layer of an instance.
+    pub(crate) fn overlay(&self, id: &str, generation: u32) -> PathBuf {
+        let name = match generation {
+            0 => "overlay.raw".to_owned(),
+            later => format!("overlay.{later}.raw"),
+        };
+        self.instance(id).join(name)
+    }
+
+    /// Device state and manifest of an instance in standby.
+    pub(crate) fn standby(&self, id: &str, directory: &str) -> PathBuf {
+        self.instance(id).join(directory)
+    }
+
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.root.join("snapshots")
+    }
+
+    pub(crate) fn snapshot(&self, id: &str) -> PathBuf {
+        self.snapshots().join(id)
+    }
+
+    /// Memory images of snapshots and of instances in standby.
+    pub(crate) fn memory(&self) -> PathBuf {
+        self.root.join("memory")
     }
 
     pub(crate) fn logs(&self, id: &str) -> PathBuf {

@@ -14,10 +14,13 @@
 //!   has finished or undone every operation found there.
 //! - No other crate knows all of these parts; they do not know each other.
 
+mod blocking;
 mod capabilities;
+mod clock;
 mod durable;
 mod engine;
 mod error;
+mod events;
 pub mod faults;
 mod images;
 mod instances;
@@ -26,14 +29,22 @@ mod options;
 mod random;
 mod resources;
 mod shared;
+mod snapshots;
 
 pub use capabilities::{HostCapabilities, RuntimeCapabilities};
 pub use engine::Engine;
 pub use error::EngineError;
+pub use events::{CursorRefusal, Event, EventKind, EventListener, ListenerEnd};
 pub use images::{CreateImage, Image, ImageStatus, RegistryManifest};
 pub use instances::{
     CreateInstance, Expiry, Instance, InstanceFilter, InstanceRecord, InstanceStats, InstanceUpdate,
-    LogFollower, LogSource, NetworkRecord, NetworkRequest, RunRecord, StartOverrides, WaitOutcome,
+    LogFollower, LogSource, NetworkRecord, NetworkRequest, RunRecord, StandbyRecord, StartOverrides,
+    WaitOutcome,
 };
-pub use options::{EngineOptions, ImageOptions, Limits, LogOptions};
+pub use options::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
 pub use resources::{DiskUse, ResourceReport, Usage};
+pub use snapshots::{
+    Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot,
+    RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter, SnapshotKind, SnapshotPolicy,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
+};

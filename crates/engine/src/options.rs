@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hypeman_core::snapshot::CompressionChoice;
 use hypeman_kernel::KernelOptions;
 use hypeman_network::NetworkOptions;
 use hypeman_vmm::{VmmKind, VmmOptions};
@@ -29,6 +30,8 @@ pub struct EngineOptions {
     pub images: ImageOptions,
     /// Log rotation.
     pub logs: LogOptions,
+    /// How snapshots are kept.
+    pub snapshots: SnapshotOptions,
 }
 
 /// Bounds, with the contract's defaults.
@@ -70,6 +73,21 @@ pub struct ImageOptions {
     pub insecure_registries: Vec<String>,
     /// Docker's credential file; `None` uses `~/.docker/config.json`.
     pub docker_config: Option<PathBuf>,
+}
+
+/// How snapshots are kept.
+#[derive(Debug, Clone, Copy)]
+pub struct SnapshotOptions {
+    /// Compression of memory when neither the request nor the instance says anything.
+    pub compression_default: CompressionChoice,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        Self {
+            compression_default: CompressionChoice::Off,
+        }
+    }
 }
 
 /// How logs are kept.

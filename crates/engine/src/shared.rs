@@ -13,9 +13,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::durable::{DirectoryLock, lock_directory};
+use crate::events::Events;
 use crate::images::Catalog;
 use crate::instances::{InstanceRecord, LogWatcher, Table};
 use crate::layout::{Layout, make_private};
+use crate::snapshots::CompressionChoice;
+use crate::snapshots::leases::Leases;
+use crate::snapshots::vault::Vault;
 use crate::{EngineError, EngineOptions};
 
 /// What all parts of the engine share.
@@ -28,6 +32,9 @@ pub(crate) struct Shared {
     pub(crate) log_watcher: LogWatcher,
     pub(crate) images: Arc<Catalog>,
     pub(crate) vmms: Vmms,
+    pub(crate) vault: Vault,
+    pub(crate) leases: Leases,
+    pub(crate) events: Events,
     pub(crate) tasks: TaskTracker,
     pub(crate) closing: CancellationToken,
     kernels: Kernels,
@@ -63,6 +70,8 @@ impl Shared {
         .await?;
         let kernels = Kernels::open(&layout.system(), options.kernel.clone())?;
         let vmms = Vmms::detect(options.vmm.clone());
+        let vault = Vault::open(layout.memory(), closing.clone())?;
+        let leases = Leases::new(layout.clone());
         Ok(Arc::new(Self {
             options,
             layout,
@@ -71,6 +80,9 @@ impl Shared {
             log_watcher: LogWatcher::default(),
             images,
             vmms,
+            vault,
+            leases,
+            events: Events::new(closing.clone())?,
             tasks,
             closing,
             kernels,
@@ -81,6 +93,18 @@ impl Shared {
             launches: Semaphore::new(concurrent_launches()),
             _lock: lock,
         }))
+    }
+
+    /// What is decided about the compression of memory captured of this instance.
+    pub(crate) fn compression(
+        &self,
+        record: &InstanceRecord,
+        request: Option<CompressionChoice>,
+    ) -> CompressionChoice {
+        let policy = record.snapshot_policy.as_ref();
+        request
+            .or(policy.and_then(|policy| policy.compression))
+            .unwrap_or(self.options.snapshots.compression_default)
     }
 
     pub(crate) fn vmm(&self, kind: VmmKind) -> Result<Arc<dyn Vmm>, EngineError> {

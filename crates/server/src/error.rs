@@ -108,6 +108,19 @@ impl ApiError {
         Self::new(status, self.body.code, self.body.message)
     }
 
+    /// The same error under another code, for failures whose name depends on the route.
+    #[must_use]
+    pub fn with_code(mut self, code: &'static str) -> Self {
+        code.clone_into(&mut self.body.code);
+        self
+    }
+
+    /// What it says, to be part of another answer.
+    #[must_use]
+    pub fn into_body(self) -> ErrorBody {
+        *self.body
+    }
+
     /// Its status.
     #[must_use]
     pub fn status(&self) -> StatusCode {
@@ -182,6 +195,11 @@ impl From<EngineError> for ApiError {
             EngineError::InvalidState(_) => Self::new(StatusCode::CONFLICT, code::INVALID_STATE, message),
             EngineError::Expired => Self::new(StatusCode::CONFLICT, code::INSTANCE_EXPIRED, message),
             EngineError::NameConflict(_) => Self::invalid(code::NAME_CONFLICT, message),
+            EngineError::ForkNameConflict(_) => Self::new(StatusCode::CONFLICT, code::NAME_CONFLICT, message),
+            EngineError::Conflict(_) => Self::new(StatusCode::CONFLICT, code::CONFLICT, message),
+            EngineError::Incompatible(_) => Self::new(StatusCode::CONFLICT, code::INCOMPATIBLE, message),
+            EngineError::Damaged(_) => Self::new(StatusCode::CONFLICT, code::SNAPSHOT_DAMAGED, message),
+            EngineError::RestoreFailed(_) => Self::new(StatusCode::CONFLICT, code::RESTORE_FAILED, message),
             EngineError::Invalid { code, .. } => Self::invalid(code, message),
             EngineError::ImageNotReady(_) => Self::invalid(code::IMAGE_NOT_READY, message),
             EngineError::InsufficientResources(_) => {
@@ -308,6 +326,31 @@ mod tests {
             (error.status(), error.code()),
             (StatusCode::BAD_REQUEST, "name_conflict")
         );
+    }
+
+    #[test]
+    fn what_snapshots_refuse_is_permanent_and_has_a_code_of_its_own() {
+        for (error, code) in [
+            (EngineError::ForkNameConflict("web".into()), "name_conflict"),
+            (EngineError::Conflict("the name is taken".into()), "conflict"),
+            (
+                EngineError::Incompatible("QEMU 8.2, not 9.0".into()),
+                "incompatible",
+            ),
+            (
+                EngineError::Damaged("frame 7 of memory".into()),
+                "snapshot_damaged",
+            ),
+            (EngineError::RestoreFailed("no answer".into()), "restore_failed"),
+        ] {
+            let error = ApiError::from(error);
+            assert_eq!((error.status(), error.code()), (StatusCode::CONFLICT, code));
+            assert_eq!(
+                header(error, "x-should-retry").as_deref(),
+                Some("false"),
+                "{code}"
+            );
+        }
     }
 
     #[test]

@@ -28,27 +28,51 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let typed = request.headers().get(header::CONTENT_TYPE).map(|value| {
-            let kind = value
-                .to_str()
-                .unwrap_or_default()
-                .split(';')
-                .next()
-                .unwrap_or_default()
-                .trim();
-            kind.eq_ignore_ascii_case("application/json")
-        });
-        if typed == Some(false) {
-            return Err(ApiError::schema("the body must be application/json"));
-        }
-        let bytes = read_body(request.into_body(), MAX_JSON).await?;
+        let bytes = json_body(request).await?;
         if bytes.is_empty() {
             return Err(ApiError::schema("a JSON body is required; send {} for defaults"));
         }
-        strict::from_slice(&bytes)
-            .map(Self)
-            .map_err(|error| ApiError::schema(format!("the body does not match the schema: {error}")))
+        read_json(&bytes).map(Self)
     }
+}
+
+/// A JSON body that may be absent.
+#[derive(Debug)]
+pub struct OptionalJsonBody<T>(pub Option<T>);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for OptionalJsonBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let bytes = json_body(request).await?;
+        if bytes.is_empty() {
+            return Ok(Self(None));
+        }
+        read_json(&bytes).map(Self)
+    }
+}
+
+async fn json_body(request: Request) -> Result<Vec<u8>, ApiError> {
+    let typed = request.headers().get(header::CONTENT_TYPE).map(|value| {
+        let kind = value
+            .to_str()
+            .unwrap_or_default()
+            .split(';')
+            .next()
+            .unwrap_or_default()
+            .trim();
+        kind.eq_ignore_ascii_case("application/json")
+    });
+    let bytes = read_body(request.into_body(), MAX_JSON).await?;
+    if typed == Some(false) && !bytes.is_empty() {
+        return Err(ApiError::schema("the body must be application/json"));
+    }
+    Ok(bytes)
+}
+
+fn read_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    strict::from_slice(bytes)
+        .map_err(|error| ApiError::schema(format!("the body does not match the schema: {error}")))
 }
 
 /// Reads a body whole, within a size and with a client that keeps sending.

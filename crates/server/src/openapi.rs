@@ -9,7 +9,9 @@ use utoipa::openapi::path::Operation;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Components, ContentBuilder, HttpMethod, Ref, RefOr, ResponseBuilder};
 
-use crate::handlers::{images, instances, logs, resources, service};
+use crate::handlers::{
+    events, images, instances, logs, resources, schedules, service, snapshots, standby, verify,
+};
 use crate::middleware::Access;
 use crate::routes::{Route, table};
 
@@ -22,11 +24,13 @@ use crate::routes::{Route, table};
     ),
     servers((url = "http://localhost:4973")),
     paths(
-        service::health, service::capabilities, resources::resources,
+        service::health, service::capabilities, resources::resources, events::events,
         images::list, images::create, images::get, images::delete, images::tag,
         instances::list, instances::create, instances::get, instances::update, instances::delete,
         instances::start, instances::stop, instances::wait, instances::stats, instances::stat,
-        logs::logs,
+        standby::standby, standby::restore, standby::fork, logs::logs,
+        snapshots::create, snapshots::restore, snapshots::list, snapshots::get, snapshots::delete,
+        snapshots::fork, snapshots::usage, verify::verify, schedules::get, schedules::set, schedules::delete,
     ),
     components(schemas(hypeman_api::ErrorBody, hypeman_api::query::LogSource)),
     tags(
@@ -34,6 +38,7 @@ use crate::routes::{Route, table};
         (name = "resources", description = "What the host has and what instances take of it."),
         (name = "images", description = "OCI images as root disks."),
         (name = "instances", description = "Virtual machines."),
+        (name = "snapshots", description = "Instances as they were at one instant."),
     ),
 )]
 struct Document;

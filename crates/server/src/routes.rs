@@ -11,9 +11,12 @@ use axum::routing::{MethodFilter, MethodRouter, any, on};
 
 use crate::auth::Scope::{
     ImageDelete, ImageRead, ImageWrite, InstanceDelete, InstanceRead, InstanceWrite, ResourceRead,
+    SnapshotDelete, SnapshotRead, SnapshotWrite,
 };
 use crate::error::ApiError;
-use crate::handlers::{copy, exec, images, instances, logs, resources, service};
+use crate::handlers::{
+    copy, events, exec, images, instances, logs, resources, schedules, service, snapshots, standby, verify,
+};
 use crate::middleware::{Access, Guard, envelope, guard};
 use crate::registry;
 use crate::state::AppState;
@@ -95,6 +98,7 @@ pub fn table() -> Vec<Route> {
         route(Method::GET, "/health", PublicUnlessLimited(ResourceRead), QUICK, service::health),
         route(Method::GET, "/capabilities", Scoped(ResourceRead), SLOW, service::capabilities),
         route(Method::GET, "/resources", Scoped(ResourceRead), QUICK, resources::resources),
+        route(Method::GET, "/events", Scoped(InstanceRead), OWN, events::events),
         route(Method::GET, "/spec.json", Public, QUICK, service::spec_json).undocumented(),
         route(Method::GET, "/spec.yaml", Public, QUICK, service::spec_yaml).undocumented(),
         route(Method::GET, "/swagger", Public, QUICK, service::swagger).undocumented(),
@@ -112,12 +116,27 @@ pub fn table() -> Vec<Route> {
         route(Method::DELETE, "/instances/{id}", Scoped(InstanceDelete), SLOW, instances::delete),
         route(Method::POST, "/instances/{id}/start", Scoped(InstanceWrite), SLOW, instances::start),
         route(Method::POST, "/instances/{id}/stop", Scoped(InstanceWrite), SLOW, instances::stop),
+        route(Method::POST, "/instances/{id}/standby", Scoped(InstanceWrite), SLOW, standby::standby),
+        route(Method::POST, "/instances/{id}/restore", Scoped(InstanceWrite), SLOW, standby::restore),
+        route(Method::POST, "/instances/{id}/fork", Scoped(InstanceWrite), SLOW, standby::fork),
         route(Method::GET, "/instances/{id}/wait", Scoped(InstanceRead), OWN, instances::wait),
         route(Method::GET, "/instances/{id}/logs", Scoped(InstanceRead), OWN, logs::logs),
         route(Method::GET, "/instances/{id}/stats", Scoped(InstanceRead), QUICK, instances::stats),
         route(Method::GET, "/instances/{id}/stat", Scoped(InstanceRead), SLOW, instances::stat),
         route(Method::GET, "/instances/{id}/exec", Scoped(InstanceWrite), OWN, exec::exec).undocumented(),
         route(Method::GET, "/instances/{id}/cp", Scoped(InstanceWrite), OWN, copy::copy).undocumented(),
+
+        route(Method::POST, "/instances/{id}/snapshots", Scoped(SnapshotWrite), SLOW, snapshots::create),
+        route(Method::POST, "/instances/{id}/snapshots/{snapshot_id}/restore", Scoped(SnapshotWrite), SLOW, snapshots::restore),
+        route(Method::GET, "/instances/{id}/snapshot-schedule", Scoped(SnapshotRead), QUICK, schedules::get),
+        route(Method::PUT, "/instances/{id}/snapshot-schedule", Scoped(SnapshotWrite), QUICK, schedules::set),
+        route(Method::DELETE, "/instances/{id}/snapshot-schedule", Scoped(SnapshotDelete), QUICK, schedules::delete),
+        route(Method::GET, "/snapshots", Scoped(SnapshotRead), QUICK, snapshots::list),
+        route(Method::GET, "/snapshots/{id}", Scoped(SnapshotRead), QUICK, snapshots::get),
+        route(Method::DELETE, "/snapshots/{id}", Scoped(SnapshotDelete), SLOW, snapshots::delete),
+        route(Method::POST, "/snapshots/{id}/fork", Scoped(SnapshotWrite), SLOW, snapshots::fork),
+        route(Method::POST, "/snapshots/{id}/verify", Scoped(SnapshotWrite), OWN, verify::verify),
+        route(Method::GET, "/snapshots/{id}/usage", Scoped(SnapshotRead), SLOW, snapshots::usage),
 
         Route::registry("/v2"),
         Route::registry("/v2/"),

@@ -1,5 +1,7 @@
 """Drives the official Python SDK through every call that the server covers, against real machines.
 
+What is about snapshots stands in snapshots.py.
+
 Environment: HYPEMAN_BASE_URL and HYPEMAN_API_KEY as the SDK reads them, STORY_IMAGE (a ready busybox image),
 STORY_SCRATCH (a directory to write in). Prints one line for each step; ends non-zero at the first failure.
 """
@@ -10,10 +12,7 @@ import stat
 import sys
 import time
 import traceback
-from contextlib import contextmanager
-from pathlib import Path
 
-import hypeman
 from hypeman import AsyncHypeman, Hypeman
 from hypeman.lib import (
     CopyProtocolError,
@@ -25,22 +24,8 @@ from hypeman.lib import (
     exec_async,
 )
 
-IMAGE = os.environ["STORY_IMAGE"]
-SCRATCH = Path(os.environ["STORY_SCRATCH"]) / "python"
-client = Hypeman(timeout=300)
-
-
-@contextmanager
-def refused(status, code):
-    """The block must raise the SDK's error for `status` with this code."""
-    try:
-        yield
-    except hypeman.APIStatusError as error:
-        assert error.status_code == status, f"{error.status_code} instead of {status}: {error}"
-        assert error.body["code"] == code, error.body
-        assert error.body["message"], error.body
-    else:
-        raise AssertionError(f"not refused with {status} {code}")
+import snapshots
+from support import IMAGE, SCRATCH, client, create, refused, wait
 
 
 def service():
@@ -64,17 +49,6 @@ def images():
         client.images.get(target)
     with refused(400, "invalid_platform"):
         client.images.create(name=IMAGE, platform="beos/ppc")
-
-
-def wait(instance_id, state):
-    answer = client.instances.wait(instance_id, state=state, api_timeout="4m")
-    assert answer.state == state and not answer.timed_out, answer
-
-
-def create(name, **more):
-    return client.instances.create(
-        name=name, image=IMAGE, size="128MB", overlay_size="256MB", vcpus=1, network={"enabled": False}, **more
-    )
 
 
 def lifecycle():
@@ -210,6 +184,7 @@ def access():
 
 
 STEPS = [service, access, images, lifecycle, executing, copying, logs, policies, asynchronous, stopping]
+STEPS += snapshots.STEPS
 
 
 def main():

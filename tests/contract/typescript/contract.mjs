@@ -1,4 +1,5 @@
 // Drives the official TypeScript SDK through every call that the server covers, against real machines.
+// What is about snapshots stands in snapshots.mjs.
 //
 // Environment: HYPEMAN_BASE_URL and HYPEMAN_API_KEY as the SDK reads them, STORY_IMAGE (a ready busybox image),
 // STORY_LAYOUT (an OCI layout to push), STORY_SCRATCH (a directory to write in). Prints one line for each step;
@@ -6,34 +7,19 @@
 
 import assert from 'node:assert/strict';
 import crypto from 'node:crypto';
-import { on, once } from 'node:events';
 import fs from 'node:fs';
 import path from 'node:path';
 
 import Hypeman from '@onkernel/hypeman';
 import { cpFromInstance, cpToInstance } from '@onkernel/hypeman/lib/cp';
 import { extractPushConfig, pushImage } from '@onkernel/hypeman/lib/push';
-import WebSocket from 'ws';
 
-const image = process.env.STORY_IMAGE;
+import * as snapshots from './snapshots.mjs';
+import { Session, client, exec, image, refused, waitFor } from './support.mjs';
+
 const layout = process.env.STORY_LAYOUT;
 const scratch = path.join(process.env.STORY_SCRATCH, 'typescript');
-const client = new Hypeman({ timeout: 300_000 });
 const copyConfig = { baseURL: client.baseURL, apiKey: client.apiKey };
-
-async function refused(status, code, call) {
-  await assert.rejects(call, (error) => {
-    assert.equal(error.status, status, String(error));
-    assert.equal(error.error?.code, code, JSON.stringify(error.error));
-    return true;
-  });
-}
-
-async function waitFor(id, state) {
-  const answer = await client.instances.wait(id, { state, timeout: '4m' });
-  assert.equal(answer.state, state);
-  assert.equal(answer.timed_out, false);
-}
 
 const blob = (digest) => fs.readFileSync(path.join(layout, 'blobs', digest.replace(':', '/')));
 
@@ -50,56 +36,6 @@ async function settled(condition) {
   for (let tries = 0; tries < 600 && !condition(); tries += 1) {
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
-}
-
-/**
- * A command in an instance. The SDK has no helper for it, so this speaks the frames of the contract through the SDK's
- * own WebSocket library, as its copy helper does.
- */
-class Session {
-  output = Buffer.alloc(0);
-  exitCode = undefined;
-
-  constructor(socket) {
-    this.socket = socket;
-    this.messages = on(socket, 'message', { close: ['close'] });
-  }
-
-  static async start(instance, command, options = {}) {
-    const url = `${client.baseURL.replace(/^http/, 'ws')}/instances/${instance}/exec`;
-    const headers = { Authorization: `Bearer ${client.apiKey}` };
-    const session = new Session(new WebSocket(url, { headers, maxPayload: 1 << 20 }));
-    await once(session.socket, 'open');
-    session.socket.send(JSON.stringify({ command, tty: false, ...options }));
-    return session;
-  }
-
-  async next() {
-    const { value, done } = await this.messages.next();
-    assert.ok(!done, `closed without an exit code: ${this.output}`);
-    const [data, isBinary] = value;
-    if (isBinary) {
-      this.output = Buffer.concat([this.output, data]);
-    } else {
-      const control = JSON.parse(data);
-      assert.deepEqual(Object.keys(control), ['exitCode']);
-      this.exitCode = control.exitCode;
-    }
-  }
-
-  async until(text) {
-    while (!this.output.includes(text)) await this.next();
-  }
-
-  async finish() {
-    while (this.exitCode === undefined) await this.next();
-    assert.ok((await this.messages.next()).done, 'the exit code is the last word');
-    return this;
-  }
-}
-
-async function exec(instance, command, options) {
-  return (await Session.start(instance, command, options)).finish();
 }
 
 const steps = {
@@ -229,7 +165,7 @@ const steps = {
 };
 
 fs.mkdirSync(scratch, { recursive: true });
-for (const [name, step] of Object.entries(steps)) {
+for (const [name, step] of Object.entries({ ...steps, ...snapshots.steps })) {
   const begun = Date.now();
   try {
     await step();

@@ -3,8 +3,8 @@
 use clap::Args;
 use jiff::Timestamp;
 
-use super::Context;
 use super::ps::state_text;
+use super::{Context, snapshot};
 use crate::document::Document;
 use crate::error::CliError;
 use crate::output::{Table, age, span};
@@ -38,6 +38,16 @@ pub(crate) async fn run(context: &Context, arguments: &InspectArgs) -> Result<()
         })?;
     }
     Ok(())
+}
+
+/// What the instance says of the compression of its snapshots: `zstd level 1, 30s after standby`.
+fn compression(instance: &Document) -> Option<String> {
+    let choice = snapshot::compression_text(instance.get("snapshot_policy.compression"));
+    let delay = instance
+        .text("snapshot_policy.standby_compression_delay")
+        .map(|delay| format!("{delay} after standby"));
+    let parts: Vec<String> = choice.into_iter().chain(delay).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 /// Everything about an instance, one fact a line.
@@ -84,6 +94,7 @@ pub(crate) fn describe(instance: &Document, now: Timestamp) -> String {
             .filter(|has| *has)
             .map(|_| "yes".to_owned()),
     );
+    fact("Compression", compression(instance));
     fact("Health", text("health_status.status"));
     fact("Restarts", text("restart_policy.policy"));
     fact("Created", time("created_at"));

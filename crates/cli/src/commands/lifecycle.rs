@@ -64,7 +64,7 @@ pub struct RmArgs {
 }
 
 /// Does something to each instance; goes on after a failure and reports the last one.
-async fn each(
+pub(crate) async fn each(
     instances: &[String],
     mut action: impl AsyncFnMut(&str) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
@@ -84,7 +84,8 @@ async fn each(
     failed.map_or(Ok(()), Err)
 }
 
-fn announce(context: &Context, instance: &str, mut answer: Document) -> Result<(), CliError> {
+/// Says that something was done to an instance.
+pub(crate) fn announce(context: &Context, instance: &str, mut answer: Document) -> Result<(), CliError> {
     answer.mask_values("env");
     context.output.object(&answer, "id", || format!("{instance}\n"))
 }

@@ -13,6 +13,8 @@ pub mod push;
 pub mod run;
 pub mod serve;
 pub mod service;
+pub mod snapshot;
+pub mod standby;
 pub mod stats;
 pub mod token;
 pub mod update;
@@ -66,6 +68,18 @@ pub fn dispatch(cli: Cli) -> Result<u8, CliError> {
         }),
         Command::Rm(arguments) => online(global, async |context| {
             done(lifecycle::rm(context, &arguments).await)
+        }),
+        Command::Standby(arguments) => online(global, async |context| {
+            done(standby::standby(context, &arguments).await)
+        }),
+        Command::Restore(arguments) => online(global, async |context| {
+            done(standby::restore(context, &arguments).await)
+        }),
+        Command::Fork(arguments) => online(global, async |context| {
+            done(standby::fork(context, &arguments).await)
+        }),
+        Command::Snapshot(command) => online(global, async |context| {
+            done(snapshot::run(context, &command).await)
         }),
         Command::Wait(arguments) => {
             online(global, async |context| done(wait::run(context, &arguments).await))

@@ -14,6 +14,7 @@ use hypeman_api::{CreateImageRequest, CreateInstanceRequest};
 use rand::Rng as _;
 use reqwest::Method;
 
+use super::standby::SnapshotPolicyArgs;
 use super::{Context, image, logs, pair, update, variable, wait};
 use crate::document::Document;
 use crate::error::{CliError, exit};
@@ -94,6 +95,9 @@ pub struct RunArgs {
     /// Leave kernel headers out
     #[arg(long)]
     skip_kernel_headers: bool,
+    /// How memory of its snapshots is kept.
+    #[command(flatten)]
+    snapshots: SnapshotPolicyArgs,
     /// Delete it after this time, such as 90s, 30m or 2h45m
     #[arg(long, value_parser = update::go_duration, value_name = "DURATION", conflicts_with = "expires_at")]
     ttl: Option<String>,
@@ -117,7 +121,8 @@ fn size(text: &str) -> Result<String, String> {
         .map_err(|failure| failure.to_string())
 }
 
-fn hypervisor(text: &str) -> Result<Hypervisor, String> {
+/// Reads a hypervisor, in its short form too.
+pub(crate) fn hypervisor(text: &str) -> Result<Hypervisor, String> {
     match text {
         "ch" => Ok(Hypervisor::CloudHypervisor),
         "fc" => Ok(Hypervisor::Firecracker),
@@ -157,6 +162,7 @@ impl RunArgs {
             expires_at: self.expires_at.clone(),
             skip_kernel_headers: self.skip_kernel_headers.then_some(true),
             skip_guest_agent: self.skip_guest_agent.then_some(true),
+            snapshot_policy: self.snapshots.policy(),
             entrypoint: words(&self.entrypoint),
             cmd: words(&self.cmd).or_else(|| words(&self.command)),
             tags: self.tags.iter().cloned().collect(),
@@ -199,6 +205,7 @@ pub(crate) async fn run(context: &Context, arguments: RunArgs) -> Result<u8, Cli
         .name
         .clone()
         .unwrap_or_else(|| invent_name(&arguments.image));
+    arguments.snapshots.check()?;
     hypeman_core::name::check(&name)
         .map_err(|failure| CliError::usage(format!("--name {name:?}: {failure}")))?;
     have_image(context, &arguments).await?;
@@ -434,7 +441,7 @@ mod tests {
     fn flags_become_fields() {
         let arguments = parse(
             "hypeman run --memory 512MB --cpus 1 -e A=1 -e B=x=y --network false --hypervisor microvm \
-             --disk-io 10MB/s -l team=core --ttl 1h alpine --skip-guest-agent -- sleep -x 5",
+             --disk-io 10MB/s -l team=core --ttl 1h --snapshot-compression-algorithm lz4 alpine --skip-guest-agent -- sleep -x 5",
         );
         let request = arguments.request("job".to_owned());
         assert_eq!(request.size.as_deref(), Some("512MB"));
@@ -444,6 +451,8 @@ mod tests {
         assert_eq!(request.cmd.unwrap(), ["sleep", "-x", "5"]);
         assert_eq!(request.skip_guest_agent, Some(true));
         assert_eq!(request.hotplug_size, None);
+        let compression = request.snapshot_policy.unwrap().compression.unwrap();
+        assert!(compression.enabled && compression.level.is_none());
     }
 
     #[test]

@@ -109,6 +109,17 @@ pub const KEYS: &[Key] = &[
         "",
         "registries spoken to without TLS, host[:port], separated by commas",
     ),
+    key(
+        "snapshot.compression_default.enabled",
+        "false",
+        "memory of snapshots is compressed when neither request nor instance says otherwise",
+    ),
+    key("snapshot.compression_default.algorithm", "zstd", "zstd or lz4"),
+    key(
+        "snapshot.compression_default.level",
+        "",
+        "zstd 1 to 19, lz4 0 to 9; the fastest when absent",
+    ),
     key("logging.level", "info", "error, warn, info, debug or trace"),
     key(
         "logging.levels",

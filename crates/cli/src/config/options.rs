@@ -4,7 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use hypeman_api::instance::Hypervisor;
-use hypeman_engine::{EngineOptions, ImageOptions, Limits, LogOptions};
+use hypeman_core::snapshot::{Algorithm, CompressionChoice};
+use hypeman_engine::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
 use hypeman_kernel::KernelOptions;
 use hypeman_network::NetworkOptions;
 use hypeman_vmm::{Accelerator, VmmKind, VmmOptions};
@@ -62,7 +63,22 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
             max_files: values.parsed("logging.max_files", whole)?,
             rotate_interval: values.duration("logging.rotate_interval")?,
         },
+        snapshots: SnapshotOptions {
+            compression_default: compression_default(values)?,
+        },
         data_directory,
+    })
+}
+
+/// What becomes of memory when nobody says anything.
+fn compression_default(values: &Values) -> Result<CompressionChoice, CliError> {
+    let enabled = values.parsed("snapshot.compression_default.enabled", "write true or false")?;
+    let algorithm: Algorithm =
+        values.parsed("snapshot.compression_default.algorithm", "choose zstd or lz4")?;
+    let levels = "write a whole number: zstd 1 to 19, lz4 0 to 9";
+    let level: Option<i64> = values.optional("snapshot.compression_default.level", levels)?;
+    CompressionChoice::new(enabled, Some(algorithm), level).map_err(|failure| {
+        CliError::usage_with(format!("snapshot.compression_default.level: {failure}"), levels)
     })
 }
 
@@ -146,4 +162,42 @@ pub(crate) fn network(values: &Values) -> Result<NetworkOptions, CliError> {
         .validate()
         .map_err(|failure| CliError::usage(format!("network: {failure}")))?;
     Ok(options)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn default_of(yaml: &str) -> Result<CompressionChoice, CliError> {
+        let mut values = Values::default();
+        values.add_yaml(yaml, Path::new("config.yaml"))?;
+        compression_default(&values)
+    }
+
+    #[test]
+    fn memory_is_compressed_only_when_somebody_says_so() {
+        assert_eq!(default_of("").unwrap(), CompressionChoice::Off);
+        let on = |rest: &str| {
+            default_of(&format!(
+                "snapshot: {{compression_default: {{enabled: true{rest}}}}}"
+            ))
+        };
+        let with = |algorithm, level| CompressionChoice::On { algorithm, level };
+        assert_eq!(on("").unwrap(), with(Algorithm::Zstd, 1));
+        assert_eq!(on(", algorithm: lz4").unwrap(), with(Algorithm::Lz4, 0));
+        assert_eq!(
+            on(", algorithm: zstd, level: 19").unwrap(),
+            with(Algorithm::Zstd, 19)
+        );
+        for wrong in [
+            ", algorithm: gzip",
+            ", level: 20",
+            ", algorithm: lz4, level: 10",
+            ", level: high",
+        ] {
+            assert!(on(wrong).is_err(), "{wrong}");
+        }
+    }
 }

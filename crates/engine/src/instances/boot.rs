@@ -19,7 +19,7 @@ use jiff::Timestamp;
 
 use super::disks::create_overlay;
 use super::driver::{Driver, Operation, Run};
-use super::link::Link;
+use super::link::{Link, Welcome};
 use super::model::{InstanceRecord, RunRecord};
 use crate::durable;
 use crate::images::RuntimeConfig;
@@ -113,13 +113,15 @@ impl Driver {
         started.run = Some(RunRecord {
             process: machine.process().clone(),
             agent_key: crate::random::to_hex(&key.0),
+            base: None,
+            former_key: None,
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;
         started.exit = None;
         let config = guest_config(&shared, &started, &image, key.clone());
         // The guest needs its configuration only after the kernel is up: the commit runs beside the boot.
-        let link = Link::start(&machine, key, config);
+        let link = Link::start(&machine, key, config, Welcome::Nothing);
         let document = started.clone();
         shared
             .store
@@ -145,12 +147,12 @@ impl Driver {
     async fn prepare_files(&self) -> Result<(), EngineError> {
         let layout = self.shared.layout.clone();
         let id = self.record.id.clone();
-        let bytes = self.record.overlay_bytes;
+        let (bytes, generation) = (self.record.overlay_bytes, self.record.disk_generation);
         let work = move || {
             make_private(&layout.instance(&id))?;
             make_private(&layout.logs(&id))?;
             make_private(&layout.instance_runtime(&id))?;
-            let overlay = layout.overlay(&id);
+            let overlay = layout.overlay(&id, generation);
             if !overlay.exists() {
                 create_overlay(&layout.overlay_templates(), bytes, &overlay)?;
             }
@@ -205,7 +207,7 @@ pub(super) async fn kill(machine: &Arc<dyn Machine>) -> Result<(), EngineError> 
 }
 
 /// Translates a record to what a VMM needs.
-fn machine_spec(
+pub(super) fn machine_spec(
     shared: &Shared,
     record: &InstanceRecord,
     kernel: PathBuf,
@@ -232,7 +234,7 @@ fn machine_spec(
                 limit,
             },
             Disk {
-                path: layout.overlay(&record.id),
+                path: layout.overlay(&record.id, record.disk_generation),
                 read_only: false,
                 limit,
             },

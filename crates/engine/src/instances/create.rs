@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use super::disks::MIN_OVERLAY_BYTES;
 use super::driver::{self, Operation, Request};
 use super::model::{CreateInstance, Instance, InstanceRecord, NetworkRecord};
+use crate::events::EventKind;
 use crate::shared::Shared;
 use crate::{EngineError, faults};
 
@@ -77,6 +78,7 @@ pub(crate) async fn create(
         tags: request.tags,
         skip_kernel_headers: request.skip_kernel_headers,
         skip_guest_agent: request.skip_guest_agent,
+        snapshot_policy: request.snapshot_policy,
         created_at: now,
         expires_at,
         started_at: None,
@@ -85,6 +87,9 @@ pub(crate) async fn create(
         phases: PhaseClock::start(InstanceState::Created, now),
         boot_artifacts: artifacts.id.clone(),
         run: None,
+        standby: None,
+        disk_generation: 0,
+        origin: None,
     };
     // The image stays while an instance needs it, whatever becomes of its references.
     shared.images.retain(&record.image_digest);
@@ -101,6 +106,8 @@ pub(crate) async fn create(
         shared.release(&record).await;
         return Err(error);
     }
+    let created = InstanceState::Created.as_str();
+    shared.events.publish(EventKind::Instance, &record.id, created);
     driver.spawn(requests);
     let (reply, answer) = oneshot::channel();
     slot.requests
@@ -126,7 +133,7 @@ async fn commit(shared: &Arc<Shared>, record: InstanceRecord) -> Result<(), Engi
         })
 }
 
-async fn uncommit(shared: &Arc<Shared>, record: &InstanceRecord) -> Result<(), EngineError> {
+pub(super) async fn uncommit(shared: &Arc<Shared>, record: &InstanceRecord) -> Result<(), EngineError> {
     let id = record.id.clone();
     let removed = shared.store.write(move |connection| {
         hypeman_store::instances::delete(connection, &id)?;

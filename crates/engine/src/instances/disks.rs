@@ -6,28 +6,118 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 
 use crate::EngineError;
+use crate::blocking::blocking_io;
 use crate::durable;
 
 /// Smallest layer that ext4 can be made on with room to write.
 pub(crate) const MIN_OVERLAY_BYTES: u64 = 16 << 20;
+
+/// Name of the writable layer in a snapshot.
+pub(crate) const SNAPSHOT_DISK: &str = "overlay.raw";
+
+/// Copies a writable layer that nobody writes to; holes stay holes. `target` must not exist.
+pub(crate) async fn copy(source: PathBuf, target: PathBuf) -> Result<(), EngineError> {
+    blocking_io("copy the writable layer", move || {
+        let from = File::open(&source)?;
+        let bytes = from.metadata()?.len();
+        let to = create_new(&target)?;
+        let copied = sparse_copy(&from, &to, bytes).and_then(|()| to.sync_all());
+        if copied.is_err() {
+            let _ = std::fs::remove_file(&target);
+        }
+        copied?;
+        target.parent().map_or(Ok(()), durable::sync_directory)
+    })
+    .await
+}
+
+/// Whether files of this directory's file system can share blocks.
+pub(crate) async fn shares_blocks(directory: &Path) -> Result<bool, EngineError> {
+    let name = crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?;
+    let probe = [".probe-a-", ".probe-b-"].map(|prefix| directory.join(format!("{prefix}{name}")));
+    blocking_io("look at the file system", move || {
+        let try_it = || -> io::Result<bool> {
+            let from = create_new(&probe[0])?;
+            Ok(ioctl_ficlone(create_new(&probe[1])?, from).is_ok())
+        };
+        let able = try_it();
+        for path in &probe {
+            let _ = std::fs::remove_file(path);
+        }
+        able
+    })
+    .await
+}
+
+/// Shares the blocks of `source` with a fresh `target`: a copy of one instant that costs nothing.
+pub(crate) async fn reflink(source: PathBuf, target: PathBuf) -> Result<(), EngineError> {
+    blocking_io("copy the writable layer", move || {
+        Ok(ioctl_ficlone(create_new(&target)?, File::open(&source)?)?)
+    })
+    .await
+}
+
+/// Writes back what the page cache holds of a file.
+pub(crate) async fn flush(path: PathBuf) -> Result<(), EngineError> {
+    blocking_io("flush the writable layer", move || File::open(path)?.sync_data()).await
+}
+
+/// A finished copy.
+#[derive(Debug, Clone)]
+pub(crate) struct Settled {
+    /// Bytes that it takes.
+    pub(crate) bytes: u64,
+    /// See [`super::disk_digest`].
+    pub(crate) digest: String,
+}
+
+/// Makes a finished copy durable and says what it is.
+pub(crate) async fn settle(path: PathBuf) -> Result<Settled, EngineError> {
+    blocking_io("settle the copied layer", move || {
+        let file = File::open(&path)?;
+        file.sync_all()?;
+        path.parent().map_or(Ok(()), durable::sync_directory)?;
+        Ok(Settled {
+            bytes: file.metadata()?.blocks() * 512,
+            digest: super::disk_digest::digest(&path)?,
+        })
+    })
+    .await
+}
+
+/// Bytes that the files of a directory take on disk.
+pub(crate) fn stored_bytes(directory: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.metadata().ok())
+        .map(|metadata| metadata.blocks() * 512)
+        .sum()
+}
+
+fn create_new(target: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(target)
+}
 
 /// Makes the writable layer of an instance at `target`, which must not exist.
 pub(crate) fn create_overlay(templates: &Path, bytes: u64, target: &Path) -> Result<(), EngineError> {
     let template = template(templates, bytes)?;
     let copy = || -> io::Result<()> {
         let source = File::open(&template)?;
-        let destination = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(target)?;
+        let destination = create_new(target)?;
         sparse_copy(&source, &destination, bytes)
     };
     copy().map_err(|error| {

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypeman_core::instance::{Command, Lifecycle, Observation, permit};
+use hypeman_core::instance::{Command, InstanceState, Lifecycle, Observation, permit};
 use hypeman_guest_api::{ExitReason, GuestEvent};
 use hypeman_store::{StoreError, journal};
 use hypeman_vmm::Machine;
@@ -23,10 +23,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::action_log::ActionLog;
 use super::boot::kill;
+use super::capture::{CapturePlan, Captured};
 use super::link::{Link, LinkEvent};
 use super::model::{Expiry, Instance, InstanceRecord, InstanceUpdate, StartOverrides};
+use super::rewind::Target;
 use super::table::Slot;
+use crate::events::EventKind;
 use crate::shared::Shared;
+use crate::snapshots::vault::Hold;
+use crate::snapshots::{Snapshot, StandbyRequest};
 use crate::{EngineError, faults};
 
 /// How long a guest that reported the end of its program may take to power off.
@@ -53,9 +58,20 @@ pub(crate) enum Operation {
     Stop,
     /// Finished.
     Delete,
+    /// Undone before the state is committed: the guest goes on. Finished after.
+    Standby,
+    /// Undone before the machine is committed: still in standby. Finished after.
+    Restore,
+    /// Undone: the guest goes on.
+    Capture,
 }
 
 impl Operation {
+    /// Whether a machine that was running when it was cut goes on.
+    pub(crate) fn spares_machine(self) -> bool {
+        matches!(self, Self::Standby | Self::Restore | Self::Capture)
+    }
+
     /// As it stands in the journal.
     pub(crate) fn encode(self) -> String {
         serde_json::to_string(&self).unwrap_or_default()
@@ -82,6 +98,37 @@ pub(crate) enum Request {
         /// Answer.
         reply: Reply<()>,
     },
+    /// Keep memory and devices on disk and let the machine go.
+    Standby(StandbyRequest, Reply<Arc<Instance>>),
+    /// Go on from standby.
+    Restore(Reply<Arc<Instance>>),
+    /// Take the parts of a snapshot, when `permit` allows it.
+    Capture {
+        /// For the decision.
+        command: Command,
+        /// What they become.
+        plan: Box<CapturePlan>,
+        /// Answer.
+        reply: Reply<Captured>,
+    },
+    /// Become what a snapshot holds.
+    Rewind {
+        /// Snapshot.
+        snapshot: Snapshot,
+        /// In which state, on what.
+        target: Target,
+        /// Answer.
+        reply: Reply<Arc<Instance>>,
+    },
+    /// First life of a fork, asked by its creation; a failure removes the instance.
+    Hatch {
+        /// What it is a copy of.
+        parts: Snapshot,
+        /// In which state it begins.
+        target: InstanceState,
+        /// Answer.
+        reply: Reply<Arc<Instance>>,
+    },
     /// Look at the sizes of the logs.
     RotateLogs,
 }
@@ -107,6 +154,10 @@ pub(super) struct Driver {
     pub(super) lifecycle: Lifecycle,
     pub(super) run: Option<Run>,
     pub(super) log: ActionLog,
+    /// Keeps the memory image that the instance stands on: of its standby, or of what its machine maps.
+    pub(super) memory: Option<Hold>,
+    /// What was captured of this run last. It may be gone.
+    pub(super) last_image: Option<String>,
     unsaved: bool,
 }
 
@@ -138,6 +189,7 @@ pub(super) fn prepare(
     });
     let log = ActionLog::new(&shared.layout.logs(&record.id).join("hypeman.log"));
     let shared = Arc::clone(shared);
+    let memory = record.memory_image().map(|image| shared.vault.hold(image));
     (
         Driver {
             shared,
@@ -147,6 +199,8 @@ pub(super) fn prepare(
             lifecycle,
             run: None,
             log,
+            memory,
+            last_image: None,
             unsaved: false,
         },
         receiver,
@@ -234,6 +288,35 @@ impl Driver {
                 let _ = reply.send(outcome);
                 return gone;
             }
+            Request::Standby(request, reply) => {
+                let outcome = self.standby(request).await.map(|()| self.view());
+                let _ = reply.send(outcome);
+            }
+            Request::Restore(reply) => {
+                let outcome = self.restore().await.map(|()| self.view());
+                let _ = reply.send(outcome);
+            }
+            Request::Capture { command, plan, reply } => {
+                let outcome = match permit(&self.lifecycle, command) {
+                    Ok(()) => self.capture(*plan).await,
+                    Err(refusal) => Err(refusal.into()),
+                };
+                let _ = reply.send(outcome);
+            }
+            Request::Rewind {
+                snapshot,
+                target,
+                reply,
+            } => {
+                let outcome = self.rewind(&snapshot, target).await.map(|()| self.view());
+                let _ = reply.send(outcome);
+            }
+            Request::Hatch { parts, target, reply } => {
+                let outcome = self.hatch(&parts, target).await;
+                let gone = outcome.is_err() && self.shared.table.get(&self.record.id).is_err();
+                let _ = reply.send(outcome.map(|()| self.view()));
+                return gone;
+            }
             Request::RotateLogs => self.rotate_logs().await,
         }
         false
@@ -276,7 +359,7 @@ impl Driver {
     }
 
     /// Stores `changed` and publishes it; on failure nothing has changed.
-    async fn commit(&mut self, changed: InstanceRecord) -> Result<(), EngineError> {
+    pub(super) async fn commit(&mut self, changed: InstanceRecord) -> Result<(), EngineError> {
         let document = changed.clone();
         self.shared
             .store
@@ -300,7 +383,14 @@ impl Driver {
         match event {
             LinkEvent::Connected(client) => {
                 self.slot.live.set_client(Some(client));
+                // A guest is shown to us only after it has taken on who it is.
+                if let Some(run) = self.record.run.as_mut() {
+                    run.former_key = None;
+                }
                 self.observe(&Observation::Responsive);
+                if self.record.run.as_ref().is_some_and(|run| run.base.is_some()) {
+                    self.observe(&Observation::AgentReady);
+                }
             }
             LinkEvent::Lost(reason) => {
                 self.slot.live.set_client(None);
@@ -381,6 +471,19 @@ impl Driver {
         }
     }
 
+    /// Handles what the run reports until the guest's agent is there, the run is over, or `patience` is.
+    pub(super) async fn await_agent(&mut self, patience: Duration) {
+        let deadline = tokio::time::Instant::now() + patience;
+        while self.slot.live.client().is_none() && self.run.is_some() {
+            match tokio::time::timeout_at(deadline, next_of_run(self.run.as_mut())).await {
+                Ok(Wake::Link(event)) => self.on_link(event).await,
+                Ok(Wake::MachineGone) => self.finish_run(None).await,
+                Ok(_) => self.check_machine().await,
+                Err(_) => return,
+            }
+        }
+    }
+
     /// Asks the VMM for a sign of life.
     async fn check_machine(&mut self) {
         let Some(run) = &self.run else { return };
@@ -418,8 +521,14 @@ impl Driver {
     }
 
     pub(super) fn publish(&self) {
-        self.publish.send_replace(view(&self.record, &self.lifecycle));
+        let before = self.publish.send_replace(view(&self.record, &self.lifecycle));
         self.shared.table.changed();
+        let state = self.lifecycle.state();
+        if before.state != state {
+            self.shared
+                .events
+                .publish(EventKind::Instance, &self.record.id, state.as_str());
+        }
     }
 
     fn view(&self) -> Arc<Instance> {

@@ -2,9 +2,13 @@
 //!
 //! ```text
 //!   connect ──► unconfigured? ──► configure ──► follow events ──► lost ──► connect …
-//!                                    │ refused                      until the run ends
+//!         └───► goes on from a captured state? ──► welcome ──┘      until the run ends
+//!                                    │ refused
 //!                                    └──► Failed
 //! ```
+//!
+//! A guest that goes on from a captured state is welcomed before anybody may use it: told the time, or, being a
+//! copy, who it is now.
 //!
 //! In systemd mode the agent is a process that can die while the machine runs on. The VMM tells at once that nobody
 //! holds the agent's port open any more; pings find an agent that is there and does not get on.
@@ -14,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hypeman_guest_api::host::{GuestClient, GuestEvents};
-use hypeman_guest_api::{AgentKey, ChannelError, GuestConfig, GuestEvent, InitMode};
+use hypeman_guest_api::{AgentKey, ChannelError, GuestConfig, GuestEvent, InitMode, Reconfiguration};
 use hypeman_vmm::{AgentChannel, Machine};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -42,6 +46,20 @@ pub(crate) enum LinkEvent {
     Failed(String),
 }
 
+/// What a configured guest is told before anything else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Welcome {
+    /// Nothing: it is new, or never stopped.
+    Nothing,
+    /// The time: it stood still.
+    Time,
+    /// Who it is now: it is a copy, and still has the secret of the original.
+    Identity {
+        /// That secret.
+        former_key: AgentKey,
+    },
+}
+
 /// A running connection task; ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -50,10 +68,15 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Starts to reach the agent of a machine that boots. `config` is what an unconfigured guest gets, with time and
-    /// entropy added when it is sent.
-    pub(crate) fn start(machine: &Arc<dyn Machine>, key: AgentKey, config: GuestConfig) -> Self {
-        Self::spawn(machine, key, config, false)
+    /// Starts to reach the agent of a machine that boots or goes on. `config` is what an unconfigured guest gets, with
+    /// time and entropy added when it is sent.
+    pub(crate) fn start(
+        machine: &Arc<dyn Machine>,
+        key: AgentKey,
+        config: GuestConfig,
+        welcome: Welcome,
+    ) -> Self {
+        Self::spawn(machine, key, config, welcome, false)
     }
 
     /// Starts to reach the agent of a machine that was running when the server last looked, if it `was_reached` then.
@@ -61,12 +84,19 @@ impl Link {
         machine: &Arc<dyn Machine>,
         key: AgentKey,
         config: GuestConfig,
+        welcome: Welcome,
         was_reached: bool,
     ) -> Self {
-        Self::spawn(machine, key, config, was_reached)
+        Self::spawn(machine, key, config, welcome, was_reached)
     }
 
-    fn spawn(machine: &Arc<dyn Machine>, key: AgentKey, config: GuestConfig, reached: bool) -> Self {
+    fn spawn(
+        machine: &Arc<dyn Machine>,
+        key: AgentKey,
+        config: GuestConfig,
+        welcome: Welcome,
+        reached: bool,
+    ) -> Self {
         let (sender, events) = mpsc::channel(64);
         let guest = Guest {
             channel: machine.agent_channel(),
@@ -75,6 +105,7 @@ impl Link {
                 .flatten(),
             key,
             config,
+            welcome,
         };
         Self {
             task: tokio::spawn(guest.run(sender, reached)),
@@ -122,6 +153,8 @@ struct Guest {
     port: Option<watch::Receiver<Option<bool>>>,
     key: AgentKey,
     config: GuestConfig,
+    /// What it is told before anything else, once.
+    welcome: Welcome,
 }
 
 impl Guest {
@@ -171,8 +204,17 @@ impl Guest {
             Ok(stream) => stream,
             Err(error) => return lost(false, error),
         };
-        let (client, reports) = match GuestClient::connect(stream, Some(&self.key), BOOT_DEADLINE).await {
+        let present_key = match &self.welcome {
+            Welcome::Identity { former_key } => former_key,
+            Welcome::Nothing | Welcome::Time => &self.key,
+        };
+        let (client, reports) = match GuestClient::connect(stream, Some(present_key), BOOT_DEADLINE).await {
             Ok(connection) => connection,
+            // It was told already, and the answer got lost: it must prove itself with the new secret.
+            Err(ChannelError::NotAuthentic) if matches!(self.welcome, Welcome::Identity { .. }) => {
+                self.welcome = Welcome::Time;
+                return lost(false, "the guest has another secret");
+            }
             Err(ChannelError::NotAuthentic) => {
                 return End::Refused("the guest could not prove its identity".into());
             }
@@ -185,6 +227,16 @@ impl Guest {
             };
             match client.configure(&config, CONFIGURE_DEADLINE).await {
                 Ok(()) => {}
+                Err(ChannelError::Refused(refusal)) => return End::Refused(refusal.message),
+                Err(error) => {
+                    client.close();
+                    return lost(false, error);
+                }
+            }
+        }
+        if client.is_configured() {
+            match greet(&client, &self.welcome, &self.config).await {
+                Ok(()) => self.welcome = Welcome::Nothing,
                 Err(ChannelError::Refused(refusal)) => return End::Refused(refusal.message),
                 Err(error) => {
                     client.close();
@@ -236,6 +288,28 @@ impl Guest {
     }
 }
 
+/// Tells a guest that goes on what it has missed.
+async fn greet(client: &GuestClient, welcome: &Welcome, config: &GuestConfig) -> Result<(), ChannelError> {
+    match welcome {
+        Welcome::Nothing => Ok(()),
+        Welcome::Time => client.synchronise_clock().await.map(drop),
+        Welcome::Identity { .. } => {
+            let fresh = freshened(config)?;
+            client
+                .reconfigure(&Reconfiguration {
+                    key: fresh.key,
+                    instance_id: fresh.instance_id,
+                    hostname: fresh.hostname,
+                    time_unix_nanos: fresh.time_unix_nanos,
+                    entropy: fresh.entropy,
+                    network: fresh.network,
+                })
+                .await?;
+            client.synchronise_clock().await.map(drop)
+        }
+    }
+}
+
 /// Resolves when the VMM says that the guest has closed its end.
 async fn closed(port: &mut Option<watch::Receiver<Option<bool>>>) {
     let Some(port) = port else {
@@ -262,14 +336,18 @@ async fn silence(client: &GuestClient) {
 
 /// Time and entropy are worth something only if they are taken at the last moment.
 fn freshened(config: &GuestConfig) -> io::Result<GuestConfig> {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |elapsed| elapsed.as_nanos());
     Ok(GuestConfig {
-        time_unix_nanos: i128::try_from(now).unwrap_or(i128::MAX),
+        time_unix_nanos: now_unix_nanos(),
         entropy: crate::random::bytes::<64>()?.to_vec(),
         ..config.clone()
     })
+}
+
+fn now_unix_nanos() -> i128 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_nanos());
+    i128::try_from(now).unwrap_or(i128::MAX)
 }
 
 async fn open(channel: &AgentChannel) -> io::Result<UnixStream> {

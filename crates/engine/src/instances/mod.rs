@@ -2,16 +2,21 @@
 
 mod action_log;
 mod boot;
+pub(crate) mod capture;
 mod create;
+pub(crate) mod disk_digest;
 pub(crate) mod disks;
 mod driver;
+pub(crate) mod fork;
 mod link;
 mod log_watch;
 mod logs;
 mod model;
 mod recovery;
+pub(crate) mod rewind;
 mod rotation;
 mod shutdown;
+mod standby;
 mod table;
 
 pub(crate) use create::create;
@@ -20,7 +25,7 @@ pub(crate) use log_watch::LogWatcher;
 pub use logs::LogFollower;
 pub use model::{
     CreateInstance, Expiry, Instance, InstanceFilter, InstanceRecord, InstanceStats, InstanceUpdate,
-    LogSource, NetworkRecord, NetworkRequest, RunRecord, StartOverrides, WaitOutcome,
+    LogSource, NetworkRecord, NetworkRequest, RunRecord, StandbyRecord, StartOverrides, WaitOutcome,
 };
 pub(crate) use recovery::recover;
 pub(crate) use rotation::{GROWTH_CHECK, overgrown};

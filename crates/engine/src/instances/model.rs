@@ -10,6 +10,8 @@ use hypeman_vmm::{ProcessIdentity, VmmKind};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::snapshots::{MemoryRecord, SnapshotPolicy};
+
 /// A request for a new instance, checked for grammar but not against limits or the host.
 #[derive(Debug, Clone)]
 pub struct CreateInstance {
@@ -45,6 +47,8 @@ pub struct CreateInstance {
     pub skip_kernel_headers: bool,
     /// No agent in the guest.
     pub skip_guest_agent: bool,
+    /// How its memory is kept; the server's choice when absent.
+    pub snapshot_policy: Option<SnapshotPolicy>,
     /// When it deletes itself: counted from the commit of the creation.
     pub expiry: Option<Expiry>,
 }
@@ -126,6 +130,9 @@ pub struct InstanceRecord {
     pub skip_kernel_headers: bool,
     /// No agent in the guest.
     pub skip_guest_agent: bool,
+    /// How its memory is kept; the server's choice when absent.
+    #[serde(default)]
+    pub snapshot_policy: Option<SnapshotPolicy>,
     /// Commit of the creation.
     pub created_at: Timestamp,
     /// When it deletes itself.
@@ -142,6 +149,39 @@ pub struct InstanceRecord {
     pub boot_artifacts: String,
     /// The VMM, while there is one.
     pub run: Option<RunRecord>,
+    /// Memory and devices, while there is no VMM but the guest is to go on.
+    #[serde(default)]
+    pub standby: Option<StandbyRecord>,
+    /// Which file is the writable layer: a restored snapshot brings its own, so that the old one stays whole
+    /// until the new one is committed.
+    #[serde(default)]
+    pub disk_generation: u32,
+    /// Snapshot that it was last restored or forked from.
+    #[serde(default)]
+    pub origin: Option<String>,
+}
+
+impl InstanceRecord {
+    /// Memory image that it stands on: of its standby, or of what its machine maps.
+    pub(crate) fn memory_image(&self) -> Option<&str> {
+        let standby = self.standby.as_ref().map(|standby| standby.memory.image.as_str());
+        standby.or_else(|| self.run.as_ref().and_then(|run| run.base.as_deref()))
+    }
+}
+
+/// A guest that stands still: everything of it but its disk, which lies with the instance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StandbyRecord {
+    /// Name of the directory with device state and manifest, below the instance's.
+    pub directory: String,
+    /// BLAKE3 of the manifest, hex.
+    pub manifest: String,
+    /// Guest memory.
+    pub memory: MemoryRecord,
+    /// The guest is a copy of another and must be told who it is before it counts as running.
+    pub foreign: bool,
+    /// Compression waits until then.
+    pub compress_after: Option<Timestamp>,
 }
 
 /// Address of an instance on the bridge.
@@ -166,6 +206,12 @@ pub struct RunRecord {
     pub process: ProcessIdentity,
     /// Secret of this boot, hex.
     pub agent_key: String,
+    /// Memory image that the machine maps and counts its changes against.
+    #[serde(default)]
+    pub base: Option<String>,
+    /// Secret that the guest still has, hex, until it has confirmed who it is now.
+    #[serde(default)]
+    pub former_key: Option<String>,
 }
 
 /// An instance as published by its driver: immutable, shared, cheap to read.

@@ -6,6 +6,11 @@
 //! | start        | anything         | undone: processes and TAP go, it is stopped      |
 //! | stop         | anything         | finished: processes and TAP go, it is stopped    |
 //! | delete       | anything         | finished: all of it goes                         |
+//! | standby      | state committed  | finished: processes and TAP go, it is in standby |
+//! | standby      | not committed    | undone: the machine goes on                      |
+//! | restore      | machine committed| finished: the machine goes on                    |
+//! | restore      | not committed    | undone: processes and TAP go, it is in standby   |
+//! | capture      | anything         | undone: the machine goes on                      |
 //! | nothing      | VMM lives        | adopted, whatever the server's version           |
 //! | nothing      | VMM recorded, gone | it is stopped, and says why                    |
 //! | nothing      | no record, files | files go                                         |
@@ -15,16 +20,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_core::instance::{InstanceState, Lifecycle, Observation};
-use hypeman_guest_api::AgentKey;
 use hypeman_store::journal;
 use hypeman_vmm::{Machine, VmmError};
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::boot::{adoption_spec, guest_config, kill_leftovers};
+use super::boot::{adoption_spec, kill_leftovers};
 use super::driver::{self, Driver, Operation, Request, Run};
-use super::link::Link;
 use super::model::InstanceRecord;
 use super::shutdown::exit_unseen;
 use crate::shared::Shared;
@@ -50,6 +53,15 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
     for record in &records {
         shared.images.retain(&record.image_digest);
         shared.hold_address(record);
+        if let Some(standby) = &record.standby {
+            shared.vault.learn(&standby.memory.image);
+            shared.vault.want(&standby.memory, standby.compress_after, None);
+        }
+        if let Err(error) = sweep_instance(shared, record)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(instance = record.id, %error, "former files not removed");
+        }
     }
 
     let mut adopted = Vec::new();
@@ -92,10 +104,32 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
     Ok(())
 }
 
+/// Removes the layers and states in an instance's directory that its record does not name.
+fn sweep_instance(shared: &Shared, record: &InstanceRecord) -> std::io::Result<()> {
+    let overlay = shared.layout.overlay(&record.id, record.disk_generation);
+    let standby = record.standby.as_ref().map(|standby| standby.directory.as_str());
+    for entry in std::fs::read_dir(shared.layout.instance(&record.id))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let stale_layer = name.starts_with("overlay.") && entry.path() != overlay;
+        let stale_state = name.starts_with("standby-") && standby != Some(&*name);
+        if stale_layer || stale_state {
+            durable::remove_tree(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn keep_taps(records: &[InstanceRecord], intents: &HashMap<String, Operation>) -> BTreeSet<String> {
     records
         .iter()
-        .filter(|record| record.run.is_some() && !intents.contains_key(&record.id))
+        .filter(|record| {
+            record.run.is_some()
+                && intents
+                    .get(&record.id)
+                    .is_none_or(|intent| intent.spares_machine())
+        })
         .filter_map(|record| record.network.as_ref().map(|network| network.tap.clone()))
         .collect()
 }
@@ -145,8 +179,32 @@ async fn recover_one(
             kill_leftovers(shared, &record).await?;
             stopped(shared, record).await.map(Some)
         }
+        Some(Operation::Standby) if record.standby.is_some() => {
+            tracing::info!(instance = record.id, "finishing what was cut: standby");
+            kill_leftovers(shared, &record).await?;
+            let (mut driver, requests) = driver::prepare(shared, record, Lifecycle::ShuttingDown);
+            driver.finish_standby().await;
+            Ok(Some((driver, requests)))
+        }
+        Some(Operation::Restore) if record.run.is_none() => {
+            tracing::info!(instance = record.id, "undoing what was cut: restore");
+            kill_leftovers(shared, &record).await?;
+            stopped(shared, record).await.map(Some)
+        }
+        Some(operation @ (Operation::Standby | Operation::Restore | Operation::Capture)) => {
+            tracing::info!(instance = record.id, ?operation, "going on after what was cut");
+            match adopt(shared, &record).await? {
+                Some(machine) => {
+                    machine.resume().await?;
+                    let (mut driver, requests) = running(shared, record, machine, true);
+                    driver.clear_journal().await;
+                    Ok(Some((driver, requests)))
+                }
+                None => stopped(shared, record).await.map(Some),
+            }
+        }
         None => match adopt(shared, &record).await? {
-            Some(machine) => Ok(Some(running(shared, record, machine))),
+            Some(machine) => Ok(Some(running(shared, record, machine, false))),
             None => stopped(shared, record).await.map(Some),
         },
     }
@@ -166,26 +224,21 @@ async fn adopt(
     }
 }
 
-/// A driver for a machine that never stopped running.
+/// A driver for a machine that runs. `stood_still`: it did not all the time.
 fn running(
     shared: &Arc<Shared>,
     record: InstanceRecord,
     machine: Arc<dyn Machine>,
+    stood_still: bool,
 ) -> (Driver, mpsc::Receiver<Request>) {
     let image = shared.images.bootable(&record.image_digest).unwrap_or_default();
-    let key = record
-        .run
-        .as_ref()
-        .and_then(|run| crate::random::key_from_hex(&run.agent_key));
-    let key = AgentKey(key.unwrap_or_default());
-    let config = guest_config(shared, &record, &image, key.clone());
     let without_agent = record.skip_guest_agent;
     let was_reached = matches!(
         record.phases.current(),
         InstanceState::Running | InstanceState::Unknown
     );
     let (mut driver, requests) = driver::prepare(shared, record, Lifecycle::Stopped);
-    let link = Link::resume(&machine, key, config, was_reached);
+    let link = driver.link_to(&machine, &image, stood_still, was_reached);
     driver.slot.live.set_machine(Some(Arc::clone(&machine)));
     driver.run = Some(Run {
         machine,
@@ -210,7 +263,11 @@ async fn stopped(
         record.exit = Some(exit_unseen(rebooted));
         record.stopped_at = Some(Timestamp::now());
     }
-    record.phases.enter(InstanceState::Stopped, Timestamp::now());
+    let lifecycle = match record.standby {
+        Some(_) => Lifecycle::Standby,
+        None => Lifecycle::Stopped,
+    };
+    record.phases.enter(lifecycle.state(), Timestamp::now());
     let document = record.clone();
     shared
         .store
@@ -219,7 +276,7 @@ async fn stopped(
             journal::clear(connection, &id)
         })
         .await?;
-    let (mut driver, requests) = driver::prepare(shared, record, Lifecycle::Stopped);
+    let (mut driver, requests) = driver::prepare(shared, record, lifecycle);
     driver.detach().await;
     Ok((driver, requests))
 }

@@ -13,6 +13,8 @@ use super::boot::{kill, kill_leftovers};
 use super::driver::{Driver, Operation, Run};
 use super::link::LinkEvent;
 use crate::durable;
+use crate::events::EventKind;
+use crate::snapshots::schedules;
 use crate::{EngineError, faults};
 
 /// How long a guest may take to stop.
@@ -75,6 +77,8 @@ impl Driver {
         }
         self.log.line(&format!("stopped: {}", exit.message));
         self.record.run = None;
+        self.memory = None;
+        self.last_image = None;
         self.record.exit = Some(exit);
         self.record.stopped_at = Some(Timestamp::now());
         self.observe(&Observation::VmmGone);
@@ -128,7 +132,12 @@ impl Driver {
             .await?;
         faults::point("delete.committed");
         self.shared.table.remove(&self.record.id);
+        self.shared
+            .events
+            .publish(EventKind::Instance, &self.record.id, "Deleted");
         self.shared.release(&self.record).await;
+        schedules::forget_orphan(&self.shared, &self.record.id).await;
+        self.memory = None;
         Ok(())
     }
 }

@@ -5,15 +5,14 @@ use std::collections::BTreeMap;
 
 use hypeman_api::error::code;
 use hypeman_api::instance as api;
-use hypeman_api::policy::{
-    AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy, SnapshotPolicy,
-};
+use hypeman_api::policy::{AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy};
 use hypeman_core::platform::Platform;
 use hypeman_core::{bandwidth, duration, name, rate, size, tags, time};
 use hypeman_engine::{CreateInstance, Expiry, InstanceUpdate, NetworkRequest, StartOverrides};
 use jiff::Timestamp;
 
 use super::instance::hypervisor_to_engine;
+use super::snapshot;
 use crate::error::{ApiError, ApiResult};
 
 const DEFAULT_SIZE: &str = "1GB";
@@ -65,6 +64,7 @@ pub fn create(request: api::CreateInstanceRequest, now: Timestamp) -> ApiResult<
     check_command("entrypoint", request.entrypoint.as_deref())?;
     check_command("cmd", request.cmd.as_deref())?;
     tags::check(&request.tags)?;
+    let snapshot_policy = snapshot::policy(request.snapshot_policy.as_ref())?;
     Ok(CreateInstance {
         name: request.name,
         image: request.image,
@@ -82,6 +82,7 @@ pub fn create(request: api::CreateInstanceRequest, now: Timestamp) -> ApiResult<
         tags: request.tags,
         skip_kernel_headers: request.skip_kernel_headers.unwrap_or(false),
         skip_guest_agent: request.skip_guest_agent.unwrap_or(false),
+        snapshot_policy,
         expiry: expiry(request.ttl.as_deref(), request.expires_at.as_deref(), now)?,
     })
 }
@@ -220,7 +221,6 @@ fn refuse_unsupported(request: &api::CreateInstanceRequest) -> ApiResult<()> {
     if !request.volumes.is_empty() {
         return refuse("volumes");
     }
-    snapshot_policy(request.snapshot_policy.as_ref())?;
     auto_standby(request.auto_standby.as_ref())?;
     health_check(request.health_check.as_ref())?;
     restart_policy(request.restart_policy.as_ref())
@@ -236,24 +236,6 @@ fn not_yet(code: &'static str, what: &str) -> ApiError {
 fn check_duration(field: &str, code: &'static str, text: Option<&str>) -> ApiResult<()> {
     if let Some(text) = text.filter(|text| !text.is_empty()) {
         duration::parse_non_negative(text).map_err(|error| error.in_field(field).with_code(code))?;
-    }
-    Ok(())
-}
-
-fn snapshot_policy(policy: Option<&SnapshotPolicy>) -> ApiResult<()> {
-    let Some(policy) = policy else { return Ok(()) };
-    let code = code::INVALID_SNAPSHOT_POLICY;
-    check_duration(
-        "snapshot_policy.standby_compression_delay",
-        code,
-        policy.standby_compression_delay.as_deref(),
-    )?;
-    if policy
-        .compression
-        .as_ref()
-        .is_some_and(|compression| compression.enabled)
-    {
-        return Err(not_yet(code, "snapshot_policy.compression"));
     }
     Ok(())
 }
@@ -370,6 +352,14 @@ mod tests {
             (json!({"env": {"A=B": "x"}}), "invalid_request"),
             (json!({"env": {"A": "x\0"}}), "invalid_request"),
             (json!({"cmd": ["a\0"]}), "invalid_request"),
+            (
+                json!({"snapshot_policy": {"compression": {"enabled": true, "algorithm": "lz4", "level": 10}}}),
+                "invalid_snapshot_policy",
+            ),
+            (
+                json!({"snapshot_policy": {"standby_compression_delay": "later"}}),
+                "invalid_snapshot_policy",
+            ),
         ] {
             let error = created(body.clone()).unwrap_err();
             assert_eq!(error.code(), code, "{body}");
@@ -405,10 +395,6 @@ mod tests {
             (
                 json!({"restart_policy": {"policy": "always"}}),
                 "invalid_restart_policy",
-            ),
-            (
-                json!({"snapshot_policy": {"compression": {"enabled": true}}}),
-                "invalid_snapshot_policy",
             ),
         ] {
             let error = created(body.clone()).unwrap_err();

@@ -6,8 +6,7 @@
 use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -18,7 +17,7 @@ use hypeman_core::duration;
 use hypeman_engine::InstanceFilter;
 use jiff::Timestamp;
 
-use super::{path_text, resolve};
+use super::{PathId, path_text, resolve};
 use crate::convert::{instance as convert, request};
 use crate::error::{ApiError, ApiResult};
 use crate::extract::{JsonBody, Params, TagFilter};
@@ -30,8 +29,6 @@ const LIST_AGE: Duration = Duration::from_millis(100);
 /// Wait when none is given, and the longest one.
 const DEFAULT_WAIT: Duration = Duration::from_secs(60);
 const LONGEST_WAIT: Duration = Duration::from_secs(300);
-
-type Id = Result<Path<String>, PathRejection>;
 
 /// All instances, filtered by state and tags.
 #[utoipa::path(get, path = "/instances", tag = "instances", operation_id = "listInstances",
@@ -116,7 +113,7 @@ pub async fn create(
 #[utoipa::path(get, path = "/instances/{id}", tag = "instances", operation_id = "getInstance",
     params(("id" = String, Path, description = "Id, name or id prefix.")),
     responses((status = 200, description = "The instance.", body = api::Instance)))]
-pub async fn get(State(state): State<AppState>, id: Id) -> ApiResult<Json<api::Instance>> {
+pub async fn get(State(state): State<AppState>, id: PathId) -> ApiResult<Json<api::Instance>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
     let instance = state.engine.get_instance(&id)?;
     Ok(Json(convert::to_api(&instance, Timestamp::now())))
@@ -129,7 +126,7 @@ pub async fn get(State(state): State<AppState>, id: Id) -> ApiResult<Json<api::I
     responses((status = 200, description = "The instance.", body = api::Instance)))]
 pub async fn update(
     State(state): State<AppState>,
-    id: Id,
+    id: PathId,
     JsonBody(body): JsonBody<api::UpdateInstanceRequest>,
 ) -> ApiResult<Json<api::Instance>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
@@ -144,7 +141,7 @@ pub async fn update(
     responses((status = 204, description = "Deleted.")))]
 pub async fn delete(
     State(state): State<AppState>,
-    id: Id,
+    id: PathId,
     Params(query): Params<DeleteInstanceQuery>,
 ) -> ApiResult<StatusCode> {
     let id = resolve(&state.engine, &path_text(id)?)?;
@@ -162,7 +159,7 @@ pub async fn delete(
     responses((status = 200, description = "The instance; it may still be initializing.", body = api::Instance)))]
 pub async fn start(
     State(state): State<AppState>,
-    id: Id,
+    id: PathId,
     JsonBody(body): JsonBody<api::StartInstanceRequest>,
 ) -> ApiResult<Json<api::Instance>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
@@ -174,7 +171,7 @@ pub async fn start(
 #[utoipa::path(post, path = "/instances/{id}/stop", tag = "instances", operation_id = "stopInstance",
     params(("id" = String, Path, description = "Id, name or id prefix.")),
     responses((status = 200, description = "The instance, stopped.", body = api::Instance)))]
-pub async fn stop(State(state): State<AppState>, id: Id) -> ApiResult<Json<api::Instance>> {
+pub async fn stop(State(state): State<AppState>, id: PathId) -> ApiResult<Json<api::Instance>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
     let instance = state.engine.stop_instance(&id).await?;
     Ok(Json(convert::to_api(&instance, Timestamp::now())))
@@ -186,7 +183,7 @@ pub async fn stop(State(state): State<AppState>, id: Id) -> ApiResult<Json<api::
     responses((status = 200, description = "How the wait ended.", body = api::WaitResponse)))]
 pub async fn wait(
     State(state): State<AppState>,
-    id: Id,
+    id: PathId,
     Params(query): Params<WaitQuery>,
 ) -> ApiResult<Json<api::WaitResponse>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
@@ -213,7 +210,7 @@ pub async fn wait(
 #[utoipa::path(get, path = "/instances/{id}/stats", tag = "instances", operation_id = "getInstanceStats",
     params(("id" = String, Path, description = "Id, name or id prefix.")),
     responses((status = 200, description = "Usage; zeros while it does not run.", body = api::InstanceStats)))]
-pub async fn stats(State(state): State<AppState>, id: Id) -> ApiResult<Json<api::InstanceStats>> {
+pub async fn stats(State(state): State<AppState>, id: PathId) -> ApiResult<Json<api::InstanceStats>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
     let instance = state.engine.get_instance(&id)?;
     let stats = state.engine.instance_stats(&id).await?;
@@ -226,7 +223,7 @@ pub async fn stats(State(state): State<AppState>, id: Id) -> ApiResult<Json<api:
     responses((status = 200, description = "What is there, if anything.", body = api::PathInfo)))]
 pub async fn stat(
     State(state): State<AppState>,
-    id: Id,
+    id: PathId,
     Params(query): Params<StatQuery>,
 ) -> ApiResult<Json<api::PathInfo>> {
     let id = resolve(&state.engine, &path_text(id)?)?;

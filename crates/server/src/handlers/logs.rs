@@ -1,15 +1,12 @@
 //! Logs as server-sent events: one JSON string a line, nothing held back, nothing cut.
 
-use axum::body::Body;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
-use axum::http::{HeaderValue, header};
-use axum::response::{IntoResponse, Response};
+use axum::extract::State;
+use axum::response::Response;
 use bytes::Bytes;
 use hypeman_api::query::{LogSource, LogsQuery};
 use hypeman_engine::LogFollower;
 
-use super::{path_text, resolve};
+use super::{PathId, event_stream, path_text, resolve};
 use crate::error::ApiResult;
 use crate::extract::Params;
 use crate::state::{AppState, Stage};
@@ -24,7 +21,7 @@ const DEFAULT_TAIL: u32 = 100;
         content_type = "text/event-stream", body = String)))]
 pub async fn logs(
     State(state): State<AppState>,
-    id: Result<Path<String>, PathRejection>,
+    id: PathId,
     Params(query): Params<LogsQuery>,
 ) -> ApiResult<Response> {
     let id = resolve(&state.engine, &path_text(id)?)?;
@@ -39,16 +36,7 @@ pub async fn logs(
         .instance_logs(&id, source, tail, query.follow.unwrap_or(false))
         .await?;
     let events = futures::stream::unfold((follower, state), next_event);
-    let mut response = Body::from_stream(events).into_response();
-    let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream"),
-    );
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert(header::CONNECTION, HeaderValue::from_static("keep-alive"));
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    Ok(event_stream(events))
 }
 
 type Event = Result<Bytes, std::io::Error>;

@@ -3,6 +3,8 @@
 mod authorization;
 mod document;
 mod envelopes;
+mod events;
 mod registry;
+mod snapshots;
 mod streams;
 mod support;

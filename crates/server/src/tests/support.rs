@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use bytes::Bytes;
-use hypeman_engine::{Engine, EngineOptions, ImageOptions, Limits, LogOptions};
+use hypeman_engine::{Engine, EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
 use hypeman_vmm::VmmKind;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -76,6 +76,7 @@ impl Server {
                 docker_config: None,
             },
             logs: LogOptions::default(),
+            snapshots: SnapshotOptions::default(),
         };
         let engine = Engine::open(options).await.unwrap();
         let mut config = ServerConfig::new("127.0.0.1:0".parse().unwrap(), SECRET, "test");

@@ -1,0 +1,180 @@
+//! A new instance out of captured parts: another identity on the same memory and disk.
+//!
+//! ```text
+//!  record + journal ─► disk copied, device state linked ─► COMMIT ─► target state ─► identity confirmed ─► cleared
+//!     └──────────────── failure or crash: all of it goes, as if it had never been ────────────────┘
+//! ```
+//!
+//! Invariant: a fork counts only once its guest has confirmed who it is. Before that nobody can use it, the bridge
+//! drops whatever it sends under its former address, and every end but success removes it.
+
+use std::sync::Arc;
+
+use hypeman_core::id::{Id, RANDOM_BYTES};
+use hypeman_core::instance::{InstanceState, Lifecycle, PhaseClock};
+use hypeman_store::{StoreError, journal};
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+
+use super::driver::{self, Driver, Operation, Request};
+use super::model::{Instance, InstanceRecord, NetworkRecord};
+use super::rewind::Target;
+use crate::layout::make_private;
+use crate::shared::Shared;
+use crate::snapshots::Snapshot;
+use crate::{EngineError, faults};
+
+/// Makes one fork of `parts` and brings it to the target state. `origin` is the snapshot that it descends from.
+pub(crate) async fn fork(
+    shared: &Arc<Shared>,
+    parts: Snapshot,
+    origin: Option<String>,
+    name: String,
+    target: Target,
+) -> Result<Arc<Instance>, EngineError> {
+    if shared.table.has_name(&name) {
+        return Err(EngineError::ForkNameConflict(name));
+    }
+    let random =
+        crate::random::bytes::<RANDOM_BYTES>().map_err(|error| EngineError::io("random id", error))?;
+    let id = Id::from_random(&random).into_string();
+    let now = Timestamp::now();
+    let network = match &parts.source.network {
+        Some(network) => Some(new_address(shared, &id, network).await?),
+        None => None,
+    };
+    let record = InstanceRecord {
+        id,
+        name,
+        network,
+        hypervisor: target.hypervisor,
+        created_at: now,
+        expires_at: None,
+        started_at: None,
+        stopped_at: None,
+        exit: None,
+        phases: PhaseClock::start(InstanceState::Created, now),
+        run: None,
+        standby: None,
+        disk_generation: 0,
+        origin,
+        ..parts.source.clone()
+    };
+    shared.images.retain(&record.image_digest);
+    if let Err(error) = commit(shared, record.clone()).await {
+        shared.release(&record).await;
+        return Err(error);
+    }
+    faults::point("fork.recorded");
+    let (driver, requests) = driver::prepare(shared, record.clone(), Lifecycle::Created);
+    let slot = Arc::clone(&driver.slot);
+    if let Err(error) = shared.table.insert(Arc::clone(&slot)) {
+        super::create::uncommit(shared, &record).await?;
+        shared.release(&record).await;
+        return Err(error);
+    }
+    driver.spawn(requests);
+    let (reply, answer) = oneshot::channel();
+    slot.requests
+        .send(Request::Hatch {
+            parts,
+            target: target.state,
+            reply,
+        })
+        .await
+        .map_err(|_| EngineError::ShuttingDown)?;
+    answer.await.map_err(|_| EngineError::ShuttingDown)?
+}
+
+/// Records the fork with the intent to make it. Cut short it is removed, like a creation.
+async fn commit(shared: &Arc<Shared>, record: InstanceRecord) -> Result<(), EngineError> {
+    let name = record.name.clone();
+    shared
+        .store
+        .write(move |connection| {
+            hypeman_store::instances::insert(connection, &record.id, &record.name, &record)?;
+            journal::begin(connection, &record.id, &Operation::Create.encode()).map(|_| ())
+        })
+        .await
+        .map_err(|error| match error {
+            StoreError::Conflict(_) => EngineError::ForkNameConflict(name),
+            other => other.into(),
+        })
+}
+
+async fn new_address(
+    shared: &Arc<Shared>,
+    id: &str,
+    like: &NetworkRecord,
+) -> Result<NetworkRecord, EngineError> {
+    let network = shared.network().await?;
+    let seed = u64::from_le_bytes(crate::random::bytes().map_err(|error| EngineError::io("random", error))?);
+    let octets = crate::random::bytes().map_err(|error| EngineError::io("random", error))?;
+    let address = shared.reserve_address(|in_use| network.allocate(in_use, seed))?;
+    Ok(NetworkRecord {
+        ip: address.ip,
+        mac: hypeman_network::mac_address(octets),
+        tap: hypeman_network::tap_name(id),
+        ..like.clone()
+    })
+}
+
+impl Driver {
+    /// The first steps of a fork, up to its target state. A failure removes it.
+    pub(super) async fn hatch(&mut self, parts: &Snapshot, target: InstanceState) -> Result<(), EngineError> {
+        let outcome = self.become_copy(parts, target).await;
+        if let Err(error) = &outcome {
+            tracing::warn!(instance = %self.record.id, %error, "fork failed: removing it");
+            // The intent is still in the journal, or it would not be removed after a crash either.
+            if let Err(left) = self.remove_hatched().await {
+                tracing::error!(instance = %self.record.id, error = %left, "left for recovery");
+            }
+        }
+        outcome
+    }
+
+    async fn become_copy(&mut self, parts: &Snapshot, target: InstanceState) -> Result<(), EngineError> {
+        make_private(&self.shared.layout.instance(&self.record.id))?;
+        make_private(&self.shared.layout.logs(&self.record.id))?;
+        self.log.line(&format!("fork of {}", parts.source.name));
+        let mut changed = self.record.clone();
+        let keeps_memory = target != InstanceState::Stopped;
+        changed.standby = self.take_over(&changed, parts, keeps_memory).await?;
+        faults::point("fork.copied");
+        let lifecycle = match changed.standby {
+            Some(_) => Lifecycle::Standby,
+            None => Lifecycle::Stopped,
+        };
+        self.memory = changed
+            .standby
+            .as_ref()
+            .map(|standby| self.shared.vault.hold(&standby.memory.image));
+        changed.phases.enter(lifecycle.state(), Timestamp::now());
+        self.commit(changed).await?;
+        self.lifecycle = lifecycle;
+        self.publish();
+        faults::point("fork.committed");
+        match (target, &self.lifecycle) {
+            (InstanceState::Running, Lifecycle::Standby) => self.wake().await,
+            (InstanceState::Running, _) => self.boot(Operation::Create).await,
+            _ => {
+                self.clear_journal().await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn remove_hatched(&mut self) -> Result<(), EngineError> {
+        if self.shared.table.get(&self.record.id).is_err() {
+            return Ok(());
+        }
+        // Ended by the server itself, the run may have cleared the intent: it is recorded again.
+        self.begin(Operation::Delete).await?;
+        self.take_down(None).await?;
+        self.run = None;
+        self.slot.live.set_client(None);
+        self.slot.live.set_machine(None);
+        self.detach().await;
+        self.forget().await
+    }
+}

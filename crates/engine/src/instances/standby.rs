@@ -1,0 +1,375 @@
+//! Standby and back: the guest's memory and devices go to disk, its machine goes away; later both return.
+//!
+//! ```text
+//!  standby:  journal ─► pause ─► devices ─► memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
+//!               └──────── failure or crash: the guest goes on ──────┘      └── crash: finished at the next start
+//!
+//!  wake:     journal ─► manifest checked ─► memory ─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► cleared
+//!               └──────── failure or crash: still in standby ───────────┘      └── crash: adopted and resumed
+//! ```
+//!
+//! Invariant: from its commit on, a wake never goes back to standby. The guest may have run, its disk may have
+//! changed, and memory and disk would no longer belong to one instant.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hypeman_core::instance::{Command, Observation, permit};
+use hypeman_guest_api::AgentKey;
+use hypeman_network::Attachment;
+use hypeman_store::journal;
+use hypeman_vmm::{Machine, MemoryBacking, Restore};
+use jiff::Timestamp;
+
+use super::boot::{guest_config, kill, machine_spec};
+use super::driver::{Driver, Operation, Run};
+use super::link::{Link, Welcome};
+use super::model::{InstanceRecord, RunRecord, StandbyRecord};
+use crate::blocking::{blocking, blocking_io};
+use crate::layout::make_private;
+use crate::snapshots::state;
+use crate::snapshots::vault::{Frozen, Hold};
+use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, StandbyRequest};
+use crate::{EngineError, durable, faults};
+
+/// How long a restore waits for the guest's agent before it answers with what is so far.
+const AGENT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a copy may take to confirm who it is now.
+const IDENTITY_PATIENCE: Duration = Duration::from_secs(60);
+
+impl Driver {
+    /// Puts a running instance to standby.
+    pub(super) async fn standby(&mut self, request: StandbyRequest) -> Result<(), EngineError> {
+        permit(&self.lifecycle, Command::Standby)?;
+        self.begin(Operation::Standby).await?;
+        faults::point("standby.recorded");
+        self.log.line("standby requested");
+        let machine = match &self.run {
+            Some(run) => Arc::clone(&run.machine),
+            None => return Err(EngineError::InvalidState("the instance has no machine".into())),
+        };
+        let compression = self.shared.compression(&self.record, request.compression);
+        let policy = self.record.snapshot_policy.as_ref();
+        let delay = request
+            .compression_delay
+            .or(policy.and_then(|policy| policy.standby_compression_delay));
+        match self.suspend(&machine, compression, delay).await {
+            Ok((changed, hold)) => self.leave(&machine, changed, hold).await,
+            Err(error) => {
+                self.log.line(&format!("standby failed: {error}"));
+                match machine.resume().await {
+                    Ok(()) => drop(self.observe(&Observation::Resumed)),
+                    // Its end, or its silence, is noticed by itself.
+                    Err(resume) => tracing::error!(instance = %self.record.id, %resume, "not resumed"),
+                }
+                self.clear_journal().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Pauses the guest, makes its state durable, and commits it.
+    async fn suspend(
+        &mut self,
+        machine: &Arc<dyn Machine>,
+        compression: CompressionChoice,
+        delay: Option<Duration>,
+    ) -> Result<(InstanceRecord, Hold), EngineError> {
+        let identity = self.shared.vmm(self.record.hypervisor)?.state_identity().await?;
+        machine.pause().await?;
+        self.observe(&Observation::Paused);
+        faults::point("standby.paused");
+        let devices = machine.save_devices().await?;
+        let memory = machine.guest_memory().await?;
+        let frozen = blocking_io("look at guest memory", move || Frozen::live(memory)).await?;
+        let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
+        let kept = self
+            .shared
+            .vault
+            .keep(self.record.memory_bytes, self.lineage(), frozen)
+            .await?;
+        faults::point("standby.memory");
+        let name = format!(
+            "standby-{}",
+            crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?
+        );
+        let directory = self.shared.layout.standby(&self.record.id, &name);
+        let facts = self.facts(identity, &kept.image);
+        let manifest = blocking(move || {
+            make_private(&directory)?;
+            state::write(&directory, facts, &devices)
+        })
+        .await?;
+        faults::point("standby.devices");
+        let mut changed = self.record.clone();
+        changed.standby = Some(StandbyRecord {
+            directory: name,
+            manifest,
+            memory: MemoryRecord {
+                image: kept.image,
+                bytes: kept.stored_bytes,
+                compression,
+                state: CompressionState::None,
+                agent_key: agent_key.unwrap_or_default(),
+            },
+            foreign: false,
+            compress_after: delay.and_then(|delay| Timestamp::now().checked_add(delay).ok()),
+        });
+        let document = changed.clone();
+        self.shared
+            .store
+            .write(move |connection| hypeman_store::instances::update(connection, &document.id, &document))
+            .await?;
+        faults::point("standby.committed");
+        Ok((changed, kept.hold))
+    }
+
+    /// The state is safe: the machine may go.
+    async fn leave(
+        &mut self,
+        machine: &Arc<dyn Machine>,
+        changed: InstanceRecord,
+        hold: Hold,
+    ) -> Result<(), EngineError> {
+        self.record = changed;
+        self.memory = Some(hold);
+        kill(machine).await?;
+        self.finish_standby().await;
+        Ok(())
+    }
+
+    /// Cleans up behind a machine whose state is committed. Also what recovery does after a crash.
+    pub(super) async fn finish_standby(&mut self) {
+        self.run = None;
+        self.last_image = None;
+        self.slot.live.set_client(None);
+        self.slot.live.set_machine(None);
+        self.detach().await;
+        faults::point("standby.detached");
+        self.record.run = None;
+        self.record.stopped_at = Some(Timestamp::now());
+        self.observe(&Observation::StandbyReached);
+        let document = self.record.clone();
+        let saved = self
+            .shared
+            .store
+            .write(move |connection| {
+                hypeman_store::instances::update(connection, &document.id, &document)?;
+                journal::clear(connection, &document.id)
+            })
+            .await;
+        self.note_saved(saved);
+        faults::point("standby.finished");
+        self.log.line("in standby");
+        if let Some(standby) = &self.record.standby {
+            self.shared
+                .vault
+                .want(&standby.memory, standby.compress_after, None);
+        }
+        self.publish();
+    }
+
+    /// Brings an instance back from standby.
+    pub(super) async fn restore(&mut self) -> Result<(), EngineError> {
+        permit(&self.lifecycle, Command::Restore)?;
+        self.begin(Operation::Restore).await?;
+        faults::point("restore.recorded");
+        self.log.line("restore requested");
+        let outcome = self.wake().await;
+        if outcome.is_err() && self.run.is_none() {
+            self.clear_journal().await;
+            self.publish();
+        }
+        outcome
+    }
+
+    /// From standby to a guest that runs, and knows who it is. The intent is in the journal already; on success
+    /// nothing of it remains there. On an error before the commit the instance is in standby as before.
+    pub(super) async fn wake(&mut self) -> Result<(), EngineError> {
+        if let Err(error) = self.load().await {
+            self.log.line(&format!("restore failed: {error}"));
+            if self.record.standby.is_some()
+                && let Err(alive) = self.undo_launch().await
+            {
+                tracing::error!(instance = %self.record.id, %alive, "left for recovery");
+            }
+            return Err(error);
+        }
+        self.go_on().await
+    }
+
+    /// Up to a paused machine with the captured state in it, committed as this instance's.
+    async fn load(&mut self) -> Result<(), EngineError> {
+        let shared = Arc::clone(&self.shared);
+        let standby = self
+            .record
+            .standby
+            .clone()
+            .ok_or_else(|| EngineError::InvalidState("the instance has no kept memory".into()))?;
+        let vmm = shared.vmm(self.record.hypervisor)?;
+        let directory = shared.layout.standby(&self.record.id, &standby.directory);
+        let digest = standby.manifest.clone();
+        let (manifest, devices) = blocking(move || state::read(&directory, &digest)).await?;
+        let identity = vmm.state_identity().await?;
+        let kernel = &self.record.boot_artifacts;
+        if let Some(reason) = state::mismatch(&manifest, self.record.hypervisor, &identity, kernel) {
+            return Err(EngineError::Incompatible(reason));
+        }
+        let image = shared.images.bootable(&self.record.image_digest)?;
+        let artifacts = shared.boot_artifacts(&self.record.boot_artifacts).await?;
+        make_private(&shared.layout.instance_runtime(&self.record.id))?;
+        make_private(&shared.layout.logs(&self.record.id))?;
+        let memory = shared.vault.materialize(&standby.memory.image).await?;
+        faults::point("restore.memory");
+        if let Some(network) = &self.record.network {
+            let attachment = Attachment {
+                instance_id: self.record.id.clone(),
+                tap: network.tap.clone(),
+                ip: network.ip,
+                mac: network.mac.clone(),
+            };
+            shared.network().await?.attach(attachment).await?;
+        }
+        faults::point("restore.network");
+        let mut spec = machine_spec(&shared, &self.record, artifacts.kernel, artifacts.initramfs);
+        spec.memory = MemoryBacking::Private(memory.base_path());
+        let turn = shared
+            .launches
+            .acquire()
+            .await
+            .map_err(|_| EngineError::ShuttingDown)?;
+        let restore = Restore {
+            device_state: devices,
+            patch: memory.patch(),
+        };
+        let machine: Arc<dyn Machine> = Arc::from(vmm.restore(&spec, restore).await?);
+        drop(turn);
+        self.slot.live.set_machine(Some(Arc::clone(&machine)));
+        faults::point("restore.launched");
+
+        let former = standby.memory.agent_key.clone();
+        let agent_key = if standby.foreign {
+            crate::random::hex::<32>().map_err(|error| EngineError::io("random key", error))?
+        } else {
+            former.clone()
+        };
+        let mut started = self.record.clone();
+        started.standby = None;
+        started.run = Some(RunRecord {
+            process: machine.process().clone(),
+            agent_key,
+            base: Some(standby.memory.image.clone()),
+            former_key: standby.foreign.then_some(former),
+        });
+        started.started_at = Some(Timestamp::now());
+        started.stopped_at = None;
+        started.exit = None;
+        let document = started.clone();
+        shared
+            .store
+            .write(move |connection| hypeman_store::instances::update(connection, &document.id, &document))
+            .await?;
+        faults::point("restore.committed");
+        self.record = started;
+        let link = self.link_to(&machine, &image, true, false);
+        self.run = Some(Run {
+            machine,
+            link,
+            program_exit: None,
+            failure: None,
+        });
+        self.observe(&Observation::Restored {
+            without_agent: self.record.skip_guest_agent,
+        });
+        remove(shared.layout.standby(&self.record.id, &standby.directory)).await;
+        Ok(())
+    }
+
+    /// The connection to the agent of a machine that goes on from a captured state.
+    pub(super) fn link_to(
+        &self,
+        machine: &Arc<dyn Machine>,
+        image: &crate::images::RuntimeConfig,
+        stood_still: bool,
+        was_reached: bool,
+    ) -> Link {
+        let key_of = |text: &str| AgentKey(crate::random::key_from_hex(text).unwrap_or_default());
+        let run = self.record.run.as_ref();
+        let key = run.map_or_else(|| key_of(""), |run| key_of(&run.agent_key));
+        let former = run.and_then(|run| run.former_key.as_deref()).map(key_of);
+        let welcome = match former {
+            Some(former_key) => Welcome::Identity { former_key },
+            None if stood_still => Welcome::Time,
+            None => Welcome::Nothing,
+        };
+        let config = guest_config(&self.shared, &self.record, image, key.clone());
+        Link::resume(machine, key, config, welcome, was_reached)
+    }
+
+    /// Lets the vCPUs run and waits until the guest has answered.
+    async fn go_on(&mut self) -> Result<(), EngineError> {
+        let Some(run) = &self.run else {
+            return Err(EngineError::InvalidState("the instance has no machine".into()));
+        };
+        let machine = Arc::clone(&run.machine);
+        if let Err(error) = machine.resume().await {
+            self.end_run(format!("the restored machine could not go on: {error}"))
+                .await;
+            return Err(error.into());
+        }
+        faults::point("restore.resumed");
+        let foreign = self
+            .record
+            .run
+            .as_ref()
+            .is_some_and(|run| run.former_key.is_some());
+        let patience = if foreign {
+            IDENTITY_PATIENCE
+        } else {
+            AGENT_PATIENCE
+        };
+        self.await_agent(patience).await;
+        if self.run.is_none() {
+            let message = self.record.exit.as_ref().map(|exit| exit.message.clone());
+            return Err(EngineError::RestoreFailed(message.unwrap_or_default()));
+        }
+        if foreign && self.slot.live.client().is_none() {
+            let reason = "the guest did not confirm its new identity".to_owned();
+            self.end_run(reason.clone()).await;
+            return Err(EngineError::RestoreFailed(reason));
+        }
+        faults::point("restore.confirmed");
+        let document = self.record.clone();
+        let saved = self
+            .shared
+            .store
+            .write(move |connection| {
+                hypeman_store::instances::update(connection, &document.id, &document)?;
+                journal::clear(connection, &document.id)
+            })
+            .await;
+        self.note_saved(saved);
+        self.log.line("restored");
+        self.publish();
+        Ok(())
+    }
+
+    /// Removes the intent of an operation that has left no trace.
+    pub(super) async fn clear_journal(&mut self) {
+        let id = self.record.id.clone();
+        let cleared = self
+            .shared
+            .store
+            .write(move |connection| journal::clear(connection, &id))
+            .await;
+        self.note_saved(cleared);
+    }
+}
+
+async fn remove(directory: PathBuf) {
+    let removed = tokio::task::spawn_blocking(move || durable::remove_tree(&directory)).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(%error, "left for the next start");
+    }
+}

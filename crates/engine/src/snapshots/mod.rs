@@ -1,0 +1,23 @@
+//! Snapshots of instances: captured, listed, restored, multiplied, compressed, verified.
+//!
+//! ```text
+//!  service ──► a driver captures (instances::capture) ──► rows: a committed row makes it a snapshot
+//!          ──► a driver restores (instances::rewind) or a fork is made of it (instances::fork)
+//!  vault   ──► memory images: kept, laid out for machines, compressed behind their back, swept
+//!  leases  ──► files are not removed from under a reader
+//! ```
+
+pub(crate) mod leases;
+mod model;
+pub(crate) mod rows;
+pub(crate) mod schedules;
+mod service;
+pub(crate) mod state;
+pub(crate) mod vault;
+mod verify;
+
+pub use model::{
+    Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot, MemoryRecord,
+    RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter, SnapshotKind, SnapshotPolicy,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
+};

@@ -1,0 +1,367 @@
+//! The engine's calls about snapshots.
+
+use std::sync::Arc;
+
+use hypeman_core::id::{Id, RANDOM_BYTES};
+use hypeman_core::instance::{Command, InstanceState};
+use hypeman_core::snapshot;
+use hypeman_store::StoreError;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::model::{
+    CompressionChoice, ForkOutcome, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot,
+    SnapshotFilter, SnapshotKind, SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest,
+    VerifyProgress,
+};
+use crate::instances::capture::{CapturePlan, Captured};
+use crate::instances::rewind::Target;
+use crate::instances::{Request, fork};
+use crate::shared::Shared;
+use crate::{Engine, EngineError, EventKind, Instance, faults};
+
+/// Forks that are made at the same time; each of them copies a disk and starts a VMM.
+const FORKS_AT_ONCE: usize = 8;
+
+impl Engine {
+    /// Puts a running instance to standby; its state is durable when this returns.
+    ///
+    /// # Errors
+    /// It does not run, or its state can't be kept; then it runs on.
+    pub async fn standby_instance(
+        &self,
+        id: &str,
+        request: StandbyRequest,
+    ) -> Result<Arc<Instance>, EngineError> {
+        self.ask(id, |reply| Request::Standby(request, reply)).await
+    }
+
+    /// Brings an instance back from standby.
+    ///
+    /// # Errors
+    /// It is not in standby, or this host can't load its state; then it stays there.
+    pub async fn restore_instance(&self, id: &str) -> Result<Arc<Instance>, EngineError> {
+        self.ask(id, Request::Restore).await
+    }
+
+    /// Forks an instance. One outcome for each fork, in order.
+    ///
+    /// # Errors
+    /// The source or its state does not allow it; no fork was tried.
+    pub async fn fork_instance(
+        &self,
+        id: &str,
+        request: ForkRequest,
+    ) -> Result<Vec<ForkOutcome>, EngineError> {
+        let state = self.get_instance(id)?.state;
+        let plan = CapturePlan::hidden(new_id()?);
+        let command = Command::Fork {
+            from_running: request.from_running,
+        };
+        // A bad target must not cost a capture; a state that cannot be forked is for the driver to refuse.
+        let wanted = match snapshot::fork_target(state, request.target_state) {
+            Ok(wanted) => Some(wanted.into()),
+            Err(snapshot::TargetRefusal::NotATarget(refused)) if refused == state => None,
+            Err(refusal) => return Err(refusal.into()),
+        };
+        snapshot::fork_names(&request.name, request.count)?;
+        let captured = self.capture(id, command, plan).await?;
+        let lease = self.shared().leases.take(&captured.record.id);
+        // No row names it: its files go with the last reader.
+        self.shared().leases.doom(&captured.record.id);
+        let shared = Arc::clone(self.shared());
+        self.detached(async move {
+            let Captured { record, hold } = captured;
+            let origin = record.parent.clone();
+            let outcome = match target(&record, wanted, request.target_hypervisor) {
+                Ok(target) => fork_all(&shared, Arc::new(record), &request, target, origin).await,
+                Err(error) => Err(error),
+            };
+            drop((lease, hold));
+            outcome
+        })
+        .await
+    }
+
+    /// Captures an instance. A running one goes on.
+    ///
+    /// # Errors
+    /// Its state does not allow this kind, the name is taken, or it can't be captured; it is as before.
+    pub async fn create_snapshot(&self, id: &str, request: SnapshotRequest) -> Result<Snapshot, EngineError> {
+        self.capture_snapshot(id, request, None).await
+    }
+
+    /// The same for a schedule.
+    pub(crate) async fn capture_snapshot(
+        &self,
+        id: &str,
+        request: SnapshotRequest,
+        scheduled_for: Option<String>,
+    ) -> Result<Snapshot, EngineError> {
+        let instance = self.get_instance(id)?;
+        if request.kind == SnapshotKind::Stopped && request.compression.is_some_and(CompressionChoice::is_on)
+        {
+            return Err(EngineError::invalid(
+                "invalid_snapshot_compression",
+                "only memory is compressed, and a Stopped snapshot has none: leave compression out",
+            ));
+        }
+        let compression = self.shared().compression(&instance.record, request.compression);
+        let plan = CapturePlan {
+            id: new_id()?,
+            name: request.name,
+            tags: request.tags,
+            compression,
+            scheduled_for,
+        };
+        let command = Command::Snapshot { kind: request.kind };
+        let captured = self.capture(id, command, plan).await?;
+        let shared = Arc::clone(self.shared());
+        self.detached(async move { commit(&shared, captured).await })
+            .await
+    }
+
+    async fn capture(&self, id: &str, command: Command, plan: CapturePlan) -> Result<Captured, EngineError> {
+        self.ask(id, |reply| Request::Capture {
+            command,
+            plan: Box::new(plan),
+            reply,
+        })
+        .await
+    }
+
+    /// Gives an instance back what a snapshot of it holds.
+    ///
+    /// # Errors
+    /// It runs, the snapshot is another instance's, or the host can't load it; then nothing has changed, or the
+    /// instance is left short of the target state.
+    pub async fn restore_snapshot(
+        &self,
+        instance: &str,
+        snapshot: &str,
+        request: RestoreRequest,
+    ) -> Result<Arc<Instance>, EngineError> {
+        let (record, _lease) = self.leased(snapshot)?;
+        if record.source.id != instance {
+            return Err(EngineError::NotFound {
+                kind: "snapshot of this instance",
+                name: snapshot.to_owned(),
+            });
+        }
+        let target = target(&record, request.target_state, request.target_hypervisor)?;
+        self.ask(instance, |reply| Request::Rewind {
+            snapshot: record,
+            target,
+            reply,
+        })
+        .await
+    }
+
+    /// Forks a snapshot. One outcome for each fork, in order.
+    ///
+    /// # Errors
+    /// No such snapshot, or the target does not fit it; no fork was tried.
+    pub async fn fork_snapshot(
+        &self,
+        id: &str,
+        request: ForkRequest,
+    ) -> Result<Vec<ForkOutcome>, EngineError> {
+        let (record, lease) = self.leased(id)?;
+        let shared = Arc::clone(self.shared());
+        self.detached(async move {
+            let target = target(&record, request.target_state, request.target_hypervisor)?;
+            let origin = Some(lease.id().to_owned());
+            let outcome = fork_all(&shared, record, &request, target, origin).await;
+            drop(lease);
+            outcome
+        })
+        .await
+    }
+
+    /// Snapshots, newest first.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub async fn list_snapshots(&self, filter: SnapshotFilter) -> Result<Vec<Snapshot>, EngineError> {
+        let shared = Arc::clone(self.shared());
+        let listed = tokio::task::spawn_blocking(move || super::rows::list(&shared, &filter)).await;
+        listed.map_err(|error| EngineError::io("list snapshots", error.into()))?
+    }
+
+    /// One snapshot.
+    ///
+    /// # Errors
+    /// No such id.
+    pub async fn get_snapshot(&self, id: &str) -> Result<Snapshot, EngineError> {
+        super::rows::get(self.shared(), id)
+    }
+
+    /// Removes a snapshot. What others share of it stays, as does what a machine still maps.
+    ///
+    /// # Errors
+    /// No such id, or the store fails.
+    pub async fn delete_snapshot(&self, id: &str) -> Result<(), EngineError> {
+        let (shared, id) = (Arc::clone(self.shared()), id.to_owned());
+        self.detached(async move { delete(&shared, &id).await }).await
+    }
+
+    /// Reads and checks all of a snapshot. Progress arrives until one with `done`; dropping the receiver ends it.
+    ///
+    /// # Errors
+    /// No such id.
+    pub async fn verify_snapshot(&self, id: &str) -> Result<mpsc::Receiver<VerifyProgress>, EngineError> {
+        let (record, lease) = self.leased(id)?;
+        Ok(super::verify::start(self.shared(), record, lease))
+    }
+
+    /// What a snapshot costs.
+    ///
+    /// # Errors
+    /// No such id, or its files can't be looked at.
+    pub async fn snapshot_usage(&self, id: &str) -> Result<SnapshotUsage, EngineError> {
+        let (record, _lease) = self.leased(id)?;
+        super::verify::usage(self.shared(), &record).await
+    }
+
+    /// The schedule of an instance, also of one that is gone while its snapshots are not.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn get_schedule(&self, instance: &str) -> Result<ScheduleRecord, EngineError> {
+        super::schedules::get(self.shared(), instance)
+    }
+
+    /// Sets or changes the schedule of an instance.
+    ///
+    /// # Errors
+    /// No such instance, or the store fails.
+    pub async fn set_schedule(
+        &self,
+        instance: &str,
+        request: ScheduleRequest,
+    ) -> Result<ScheduleRecord, EngineError> {
+        self.get_instance(instance)?;
+        super::schedules::set(self.shared(), instance, request).await
+    }
+
+    /// Ends a schedule. Its snapshots stay.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn delete_schedule(&self, instance: &str) -> Result<(), EngineError> {
+        super::schedules::delete(self.shared(), instance).await
+    }
+
+    /// A snapshot and the right to read its files.
+    fn leased(&self, id: &str) -> Result<(Snapshot, super::leases::Lease), EngineError> {
+        let lease = self.shared().leases.take(id);
+        Ok((super::rows::get(self.shared(), id)?, lease))
+    }
+}
+
+fn new_id() -> Result<String, EngineError> {
+    let random =
+        crate::random::bytes::<RANDOM_BYTES>().map_err(|error| EngineError::io("random id", error))?;
+    Ok(Id::from_random(&random).into_string())
+}
+
+fn target(
+    record: &SnapshotRecord,
+    state: Option<InstanceState>,
+    hypervisor: Option<hypeman_vmm::VmmKind>,
+) -> Result<Target, EngineError> {
+    let kind = snapshot::hypervisor_of(record.kind, record.source.hypervisor, hypervisor)?;
+    Ok(Target {
+        state: snapshot::snapshot_target(record.kind, state)?.into(),
+        hypervisor: kind,
+    })
+}
+
+async fn fork_all(
+    shared: &Arc<Shared>,
+    parts: Snapshot,
+    request: &ForkRequest,
+    target: Target,
+    origin: Option<String>,
+) -> Result<Vec<ForkOutcome>, EngineError> {
+    let names = snapshot::fork_names(&request.name, request.count)?;
+    let turns = Arc::new(tokio::sync::Semaphore::new(FORKS_AT_ONCE));
+    let mut work = JoinSet::new();
+    for (place, name) in names.iter().cloned().enumerate() {
+        let (shared, parts, turns) = (Arc::clone(shared), Arc::clone(&parts), Arc::clone(&turns));
+        let origin = origin.clone();
+        work.spawn(async move {
+            let _turn = turns.acquire().await;
+            (place, fork::fork(&shared, parts, origin, name, target).await)
+        });
+    }
+    let mut results: Vec<Option<Result<Arc<Instance>, EngineError>>> = names.iter().map(|_| None).collect();
+    while let Some(done) = work.join_next().await {
+        let (place, result) = done.map_err(|error| EngineError::io("fork", error.into()))?;
+        if let Some(slot) = results.get_mut(place) {
+            *slot = Some(result);
+        }
+    }
+    Ok(names
+        .into_iter()
+        .zip(results)
+        .map(|(name, result)| ForkOutcome {
+            name,
+            result: result.unwrap_or(Err(EngineError::ShuttingDown)),
+        })
+        .collect())
+}
+
+/// Names a capture by a row: from here on it is a snapshot.
+async fn commit(shared: &Arc<Shared>, captured: Captured) -> Result<Snapshot, EngineError> {
+    let Captured { record, hold } = captured;
+    let (id, name) = (record.id.clone(), record.name.clone());
+    let committed = super::rows::insert(shared, record.clone()).await;
+    if let Err(error) = committed {
+        if let Some(files) = shared.leases.doom(&id) {
+            let _ = tokio::task::spawn_blocking(move || crate::durable::remove_tree(&files)).await;
+        }
+        return Err(match (error, name) {
+            (StoreError::Conflict(_), Some(name)) => EngineError::Conflict(format!(
+                "a snapshot of this instance is already named {name:?}; choose another name or delete it first"
+            )),
+            (other, _) => other.into(),
+        });
+    }
+    faults::point("snapshot.committed");
+    shared.events.publish(EventKind::Snapshot, &id, "Created");
+    shared.images.retain(&record.source.image_digest);
+    if let Some(hold) = hold {
+        hold.keep();
+    }
+    if let Some(memory) = &record.memory {
+        shared.vault.want(memory, None, Some(&id));
+    }
+    super::rows::get(shared, &id)
+}
+
+async fn delete(shared: &Arc<Shared>, id: &str) -> Result<(), EngineError> {
+    let record = super::rows::get(shared, id)?;
+    faults::point("snapshot.delete.begun");
+    if !super::rows::delete(shared, id).await? {
+        return Err(EngineError::NotFound {
+            kind: "snapshot",
+            name: id.to_owned(),
+        });
+    }
+    faults::point("snapshot.delete.unrecorded");
+    shared.events.publish(EventKind::Snapshot, id, "Deleted");
+    if let Some(memory) = &record.memory {
+        shared.vault.release(&memory.image);
+    }
+    if let Some(files) = shared.leases.doom(id) {
+        let removed = tokio::task::spawn_blocking(move || crate::durable::remove_tree(&files)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::warn!(snapshot = id, %error, "left for the next start");
+        }
+    }
+    shared.images.release(&record.source.image_digest);
+    shared.images.collect_unused(&record.source.image_digest).await;
+    super::schedules::forget_orphan(shared, &record.source.id).await;
+    Ok(())
+}

@@ -1,0 +1,336 @@
+//! The server dies at each step of what is done with memory, and no guest, snapshot or byte is lost or doubled.
+
+use std::collections::BTreeSet;
+
+use hypeman_tests::{Guest, Server, eventually, have, skip_unless};
+use serde_json::{Value, json};
+
+use crate::crash::{cut, group, left_nothing, paths};
+
+/// Counts in memory; what it has counted can't be had from any disk.
+async fn counting(server: &Server, overrides: Value) -> Guest {
+    let image = server.busybox().await;
+    let guest = server.run(&image, overrides).await;
+    guest
+        .output(
+            "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
+             >/dev/null 2>&1 </dev/null &",
+        )
+        .await;
+    eventually("it counts", || async {
+        guest.shell("test -s /dev/shm/count").await.exit_code == 0
+    })
+    .await;
+    guest
+}
+
+async fn count(guest: &Guest) -> u64 {
+    // The shell empties the file before it writes to it.
+    let text = guest
+        .output("until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n")
+        .await;
+    text.parse()
+        .unwrap_or_else(|_| panic!("a number instead of {text:?}"))
+}
+
+/// Whatever was cut: the guest is where it was or where it should be, and has forgotten nothing.
+async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) {
+    let shown = guest
+        .wait_until("it settles", |instance| {
+            instance["state"] == "Running" || instance["state"] == "Standby"
+        })
+        .await;
+    if shown["state"] == "Standby" {
+        eventually("no VMM for what is in standby", || async {
+            server.vmms().is_empty()
+        })
+        .await;
+        let restore = format!("/instances/{}/restore", guest.id);
+        server.client().post_empty(&restore).await.expect(200);
+        guest.wait_for("Running").await;
+    }
+    let now = count(guest).await;
+    assert!(now >= at_least, "{point}: {now} after {at_least}");
+    eventually("it goes on counting", || async { count(guest).await > now }).await;
+    assert_eq!(server.vmms().len(), 1, "{point}");
+}
+
+async fn post(client: hypeman_tests::Client, path: String, body: Value) {
+    client
+        .try_send(client.request(reqwest::Method::POST, &path).json(&body))
+        .await;
+}
+
+async fn snapshots(server: &Server) -> Vec<String> {
+    let listed = server.client().get("/snapshots").await.expect(200).json();
+    let ids = listed.as_array().unwrap().iter();
+    ids.map(|snapshot| snapshot["id"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+/// What is listed is whole.
+async fn all_verify(server: &Server, point: &str) {
+    for id in snapshots(server).await {
+        let path = format!("/snapshots/{id}/verify");
+        let verified = server.client().post_empty(&path).await.expect(200).json();
+        assert!(verified["damage"].is_null(), "{point}: {verified}");
+    }
+}
+
+async fn delete_all(server: &Server) {
+    for id in snapshots(server).await {
+        server
+            .client()
+            .delete(&format!("/snapshots/{id}"))
+            .await
+            .expect(204);
+    }
+}
+
+async fn take(server: &Server, guest: &Guest, body: Value) -> String {
+    let path = format!("/instances/{}/snapshots", guest.id);
+    let snapshot = server.client().post(&path, &body).await.expect(201).json();
+    snapshot["id"].as_str().unwrap().to_owned()
+}
+
+async fn nothing_left(server: &Server, before: &BTreeSet<String>, point: &str) {
+    eventually("what nobody needs is gone", || async {
+        let after = paths(server.data_directory());
+        after
+            .difference(before)
+            .all(|path| path.contains("/logs/") || path.ends_with("verified"))
+    })
+    .await;
+    let allowed: BTreeSet<String> = paths(server.data_directory())
+        .into_iter()
+        .filter(|path| path.contains("/logs/"))
+        .chain(before.iter().cloned())
+        .collect();
+    left_nothing(server, &allowed, point);
+}
+
+#[tokio::test]
+async fn standby_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({})).await;
+    let path = format!("/instances/{}/standby", guest.id);
+    let points = group("standby.").chain(group("memory.").filter(|point| point.contains("capture")));
+    for point in points {
+        let before = count(&guest).await;
+        cut(&mut server, point, async |client| {
+            post(client, path.clone(), json!({})).await
+        })
+        .await;
+        goes_on(&server, &guest, before, point).await;
+    }
+    guest.delete().await;
+    eventually("no memory is left", || async {
+        std::fs::read_dir(server.data_directory().join("memory"))
+            .unwrap()
+            .count()
+            == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn restore_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({})).await;
+    for point in group("restore.") {
+        let before = count(&guest).await;
+        let path = format!("/instances/{}", guest.id);
+        server
+            .client()
+            .post_empty(&format!("{path}/standby"))
+            .await
+            .expect(200);
+        cut(&mut server, point, async |client| {
+            post(client, format!("{path}/restore"), json!({})).await;
+        })
+        .await;
+        goes_on(&server, &guest, before, point).await;
+    }
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn capture_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({})).await;
+    let before = paths(server.data_directory());
+    let path = format!("/instances/{}/snapshots", guest.id);
+    let memory = group("memory.").filter(|point| point.contains("capture"));
+    for point in group("capture.").chain(group("snapshot.")).chain(memory) {
+        let counted = count(&guest).await;
+        cut(&mut server, point, async |client| {
+            post(client, path.clone(), json!({"kind": "Standby"})).await;
+        })
+        .await;
+        goes_on(&server, &guest, counted, point).await;
+        all_verify(&server, point).await;
+        delete_all(&server).await;
+        nothing_left(&server, &before, point).await;
+    }
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn deleting_a_snapshot_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({})).await;
+    let before = paths(server.data_directory());
+    let removals = group("memory.sweep.").filter(|point| point.contains("re"));
+    for point in group("snapshot.delete.").chain(removals.filter(|point| !point.ends_with("reduced"))) {
+        let id = take(&server, &guest, json!({"kind": "Standby"})).await;
+        cut(&mut server, point, async |client| {
+            let path = format!("/snapshots/{id}");
+            client
+                .try_send(client.request(reqwest::Method::DELETE, &path))
+                .await;
+        })
+        .await;
+        all_verify(&server, point).await;
+        delete_all(&server).await;
+        goes_on(&server, &guest, 0, point).await;
+        nothing_left(&server, &before, point).await;
+    }
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn restoring_a_snapshot_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({})).await;
+    let counted = count(&guest).await;
+    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
+    let path = format!("/instances/{}", guest.id);
+    for point in group("rewind.") {
+        server
+            .client()
+            .post_empty(&format!("{path}/standby"))
+            .await
+            .expect(200);
+        cut(&mut server, point, async |client| {
+            post(client, format!("{path}/snapshots/{id}/restore"), json!({})).await;
+        })
+        .await;
+        goes_on(&server, &guest, counted, point).await;
+        all_verify(&server, point).await;
+    }
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn fork_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({"name": "origin"})).await;
+    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
+    guest.delete().await;
+    let before = paths(server.data_directory());
+    let path = format!("/snapshots/{id}/fork");
+    let wake = group("restore.").filter(|point| *point != "restore.recorded");
+    for point in group("fork.").chain(wake) {
+        cut(&mut server, point, async |client| {
+            post(client, path.clone(), json!({"name": "child"})).await;
+        })
+        .await;
+        let listed = server.client().get("/instances").await.expect(200).json();
+        match listed.as_array().unwrap().as_slice() {
+            [] => assert_eq!(server.vmms(), vec![], "{point}"),
+            [child] => {
+                let child = server.guest(child["id"].as_str().unwrap());
+                child.wait_for("Running").await;
+                assert_eq!(child.output("hostname").await, "child", "{point}");
+                child.delete().await;
+            }
+            several => panic!("{point}: {several:?}"),
+        }
+        all_verify(&server, point).await;
+        nothing_left(&server, &before, point).await;
+        let forked = server
+            .client()
+            .post(&path, &json!({"name": "child"}))
+            .await
+            .expect(201)
+            .json();
+        server.guest(forked["id"].as_str().unwrap()).delete().await;
+    }
+}
+
+#[tokio::test]
+async fn compression_is_cut_at_each_step_and_goes_on() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({"name": "origin"})).await;
+    let path = format!("/instances/{}/snapshots", guest.id);
+    let memory = group("memory.").filter(|point| point.contains("compress") || point.contains("raw"));
+    for point in group("compress.").chain(memory) {
+        cut(&mut server, point, async |client| {
+            let body = json!({"kind": "Standby", "compression": {"enabled": true}});
+            post(client, path.clone(), body).await;
+        })
+        .await;
+        let listed = snapshots(&server).await;
+        assert_eq!(
+            listed.len(),
+            1,
+            "{point}: the client was told, or the row was there before the job"
+        );
+        eventually("the compression is carried on", || async {
+            let shown = server
+                .client()
+                .get(&format!("/snapshots/{}", listed[0]))
+                .await
+                .expect(200)
+                .json();
+            shown["compression_state"] == "compressed"
+        })
+        .await;
+        all_verify(&server, point).await;
+        goes_on(&server, &guest, 0, point).await;
+        delete_all(&server).await;
+    }
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn a_scheduled_run_is_cut_at_each_step_and_never_doubled() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({"name": "origin"})).await;
+    let path = format!("/instances/{}/snapshot-schedule", guest.id);
+    let clock = tempfile::NamedTempFile::new().unwrap();
+    let body = json!({"interval": "1h", "retention": {"max_count": 9}});
+    let client = server.client().clone();
+    client
+        .send(client.request(reqwest::Method::PUT, &path).json(&body))
+        .await
+        .expect(200);
+    for (run, point) in group("schedule.").enumerate() {
+        let turned = ("HYPEMAN_CLOCK".to_owned(), clock.path().display().to_string());
+        server.kill();
+        server
+            .start_again_with(vec![
+                ("HYPEMAN_FAULT".to_owned(), point.to_owned()),
+                turned.clone(),
+            ])
+            .await;
+        std::fs::write(clock.path(), format!("{}", (run + 1) * 4_500)).unwrap();
+        server.ended().await;
+        server.start_again_with(vec![turned]).await;
+        goes_on(&server, &guest, 0, point).await;
+        all_verify(&server, point).await;
+        assert!(
+            snapshots(&server).await.len() <= run + 1,
+            "{point}: a run was doubled"
+        );
+    }
+    guest.delete().await;
+}
