@@ -85,7 +85,7 @@ impl Lab {
         MachineSpec {
             id: id.to_owned(),
             cpus: 1,
-            memory_bytes: 128 << 20,
+            memory_bytes: 256 << 20,
             memory: MemoryBacking::Anonymous,
             kernel: self.boot.kernel.clone(),
             initramfs: self.boot.initramfs.clone(),
