@@ -57,13 +57,7 @@ impl Driver {
                         tracing::error!(instance = %self.record.id, %cleanup, "left for recovery");
                     }
                 } else {
-                    let id = self.record.id.clone();
-                    let cleared = self
-                        .shared
-                        .store
-                        .write(move |connection| journal::clear(connection, &id))
-                        .await;
-                    self.note_saved(cleared);
+                    self.clear_journal().await;
                     self.publish();
                 }
                 Err(error)
@@ -86,15 +80,7 @@ impl Driver {
         if first {
             faults::point("create.disks");
         }
-        if let Some(network) = &self.record.network {
-            let attachment = Attachment {
-                instance_id: self.record.id.clone(),
-                tap: network.tap.clone(),
-                ip: network.ip,
-                mac: network.mac.clone(),
-            };
-            shared.network().await?.attach(attachment).await?;
-        }
+        self.attach().await?;
         at("create.network", "start.network");
         let spec = machine_spec(&shared, &self.record, artifacts.kernel, artifacts.initramfs);
         let vmm = shared.vmm(self.record.hypervisor)?;
@@ -176,6 +162,20 @@ impl Driver {
         self.slot.live.set_client(None);
         self.detach().await;
         Ok(())
+    }
+
+    /// Connects what will be its machine to the network.
+    pub(super) async fn attach(&self) -> Result<(), EngineError> {
+        let Some(network) = &self.record.network else {
+            return Ok(());
+        };
+        let attachment = Attachment {
+            instance_id: self.record.id.clone(),
+            tap: network.tap.clone(),
+            ip: network.ip,
+            mac: network.mac.clone(),
+        };
+        Ok(self.shared.network().await?.attach(attachment).await?)
     }
 
     /// Takes the machine off the network and removes its sockets. What fails is found again at the next start.

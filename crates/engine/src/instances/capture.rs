@@ -17,7 +17,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hypeman_core::instance::Lifecycle;
-use hypeman_store::journal;
 use hypeman_vmm::{CopyRoom, DiskCopies, DiskCopy, GuestMemory, Machine};
 use jiff::Timestamp;
 
@@ -26,7 +25,7 @@ use super::driver::{Driver, Operation};
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
 use crate::snapshots::state::{self, Facts};
-use crate::snapshots::vault::{Frozen, Hold, Lineage};
+use crate::snapshots::vault::{Frozen, Hold, Kept, Lineage};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, SnapshotKind, SnapshotRecord};
 use crate::{EngineError, faults};
 
@@ -142,13 +141,7 @@ impl Driver {
             }
         };
         faults::point("capture.kept");
-        let id = self.record.id.clone();
-        let cleared = self
-            .shared
-            .store
-            .write(move |connection| journal::clear(connection, &id))
-            .await;
-        self.note_saved(cleared);
+        self.clear_journal().await;
         finished
     }
 
@@ -203,7 +196,7 @@ impl Driver {
         self.last_image = Some(kept.image.clone());
         faults::point("capture.memory");
         let disk = disks::settle(directory.join(disks::SNAPSHOT_DISK)).await?;
-        let facts = self.facts(identity, &kept.image);
+        let facts = self.facts(identity, &kept);
         let (target, devices) = (directory.to_owned(), still.devices);
         let devices_bytes = devices.len() as u64;
         let manifest = blocking(move || state::write(&target, facts, &devices)).await?;
@@ -275,7 +268,7 @@ impl Driver {
     }
 
     /// What the manifest says of this machine.
-    pub(super) fn facts(&self, identity: hypeman_vmm::StateIdentity, image: &str) -> Facts {
+    pub(super) fn facts(&self, identity: hypeman_vmm::StateIdentity, kept: &Kept) -> Facts {
         Facts {
             hypervisor: self.record.hypervisor,
             identity,
@@ -283,7 +276,8 @@ impl Driver {
             memory_bytes: self.record.memory_bytes,
             vcpus: self.record.vcpus,
             networked: self.record.network.is_some(),
-            memory_image: image.to_owned(),
+            memory_image: kept.image.clone(),
+            memory_digest: kept.digest.clone(),
         }
     }
 

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::disks::MIN_OVERLAY_BYTES;
 use super::driver::{self, Operation, Request};
-use super::model::{CreateInstance, Instance, InstanceRecord, NetworkRecord};
+use super::model::{CreateInstance, Instance, InstanceRecord, NetworkRecord, NetworkRequest};
 use crate::events::EventKind;
 use crate::shared::Shared;
 use crate::{EngineError, faults};
@@ -55,7 +55,7 @@ pub(crate) async fn create(
         .flatten();
     // Last: what is refused after this has an address to give back.
     let network = if request.network.enabled {
-        Some(network_record(shared, &id, &request).await?)
+        Some(network_record(shared, &id, request.network).await?)
     } else {
         None
     };
@@ -93,7 +93,7 @@ pub(crate) async fn create(
     };
     // The image stays while an instance needs it, whatever becomes of its references.
     shared.images.retain(&record.image_digest);
-    if let Err(error) = commit(shared, record.clone()).await {
+    if let Err(error) = commit(shared, record.clone(), EngineError::NameConflict).await {
         shared.release(&record).await;
         return Err(error);
     }
@@ -117,8 +117,12 @@ pub(crate) async fn create(
     answer.await.map_err(|_| EngineError::ShuttingDown)?
 }
 
-/// Records the instance together with the intent to boot it.
-async fn commit(shared: &Arc<Shared>, record: InstanceRecord) -> Result<(), EngineError> {
+/// Records the instance together with the intent to make it; `taken` is said of a name that is.
+pub(super) async fn commit(
+    shared: &Arc<Shared>,
+    record: InstanceRecord,
+    taken: fn(String) -> EngineError,
+) -> Result<(), EngineError> {
     let name = record.name.clone();
     shared
         .store
@@ -128,7 +132,7 @@ async fn commit(shared: &Arc<Shared>, record: InstanceRecord) -> Result<(), Engi
         })
         .await
         .map_err(|error| match error {
-            StoreError::Conflict(_) => EngineError::NameConflict(name),
+            StoreError::Conflict(_) => taken(name),
             other => other.into(),
         })
 }
@@ -220,10 +224,11 @@ async fn check_hypervisor(
     Ok(())
 }
 
-async fn network_record(
+/// An address of its own for the instance `id`, with the bandwidths of the request.
+pub(super) async fn network_record(
     shared: &Arc<Shared>,
     id: &str,
-    request: &CreateInstance,
+    request: NetworkRequest,
 ) -> Result<NetworkRecord, EngineError> {
     let network = shared.network().await?;
     let seed = u64::from_le_bytes(crate::random::bytes().map_err(|error| EngineError::io("random", error))?);
@@ -233,7 +238,7 @@ async fn network_record(
         ip: address.ip,
         mac: hypeman_network::mac_address(octets),
         tap: hypeman_network::tap_name(id),
-        bandwidth_download: request.network.bandwidth_download,
-        bandwidth_upload: request.network.bandwidth_upload,
+        bandwidth_download: request.bandwidth_download,
+        bandwidth_upload: request.bandwidth_upload,
     })
 }

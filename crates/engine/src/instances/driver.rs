@@ -546,6 +546,31 @@ impl Driver {
         self.note_saved(saved);
     }
 
+    /// Stores the record as the outcome of what was intended.
+    pub(super) async fn settle(&mut self) {
+        let document = self.record.clone();
+        let saved = self
+            .shared
+            .store
+            .write(move |connection| {
+                hypeman_store::instances::update(connection, &document.id, &document)?;
+                journal::clear(connection, &document.id)
+            })
+            .await;
+        self.note_saved(saved);
+    }
+
+    /// Removes the intent of an operation that has left no trace.
+    pub(super) async fn clear_journal(&mut self) {
+        let id = self.record.id.clone();
+        let cleared = self
+            .shared
+            .store
+            .write(move |connection| journal::clear(connection, &id))
+            .await;
+        self.note_saved(cleared);
+    }
+
     pub(super) fn note_saved(&mut self, saved: Result<(), StoreError>) {
         self.unsaved = saved.is_err();
         if let Err(error) = saved {

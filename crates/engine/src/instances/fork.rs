@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use hypeman_core::id::{Id, RANDOM_BYTES};
 use hypeman_core::instance::{InstanceState, Lifecycle, PhaseClock};
-use hypeman_store::{StoreError, journal};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
+use super::create;
 use super::driver::{self, Driver, Operation, Request};
-use super::model::{Instance, InstanceRecord, NetworkRecord};
+use super::model::{Instance, InstanceRecord, NetworkRequest};
 use super::rewind::Target;
 use crate::layout::make_private;
 use crate::shared::Shared;
@@ -40,7 +40,14 @@ pub(crate) async fn fork(
     let id = Id::from_random(&random).into_string();
     let now = Timestamp::now();
     let network = match &parts.source.network {
-        Some(network) => Some(new_address(shared, &id, network).await?),
+        Some(network) => {
+            let like = NetworkRequest {
+                enabled: true,
+                bandwidth_download: network.bandwidth_download,
+                bandwidth_upload: network.bandwidth_upload,
+            };
+            Some(create::network_record(shared, &id, like).await?)
+        }
         None => None,
     };
     let record = InstanceRecord {
@@ -61,7 +68,7 @@ pub(crate) async fn fork(
         ..parts.source.clone()
     };
     shared.images.retain(&record.image_digest);
-    if let Err(error) = commit(shared, record.clone()).await {
+    if let Err(error) = create::commit(shared, record.clone(), EngineError::ForkNameConflict).await {
         shared.release(&record).await;
         return Err(error);
     }
@@ -69,7 +76,7 @@ pub(crate) async fn fork(
     let (driver, requests) = driver::prepare(shared, record.clone(), Lifecycle::Created);
     let slot = Arc::clone(&driver.slot);
     if let Err(error) = shared.table.insert(Arc::clone(&slot)) {
-        super::create::uncommit(shared, &record).await?;
+        create::uncommit(shared, &record).await?;
         shared.release(&record).await;
         return Err(error);
     }
@@ -84,39 +91,6 @@ pub(crate) async fn fork(
         .await
         .map_err(|_| EngineError::ShuttingDown)?;
     answer.await.map_err(|_| EngineError::ShuttingDown)?
-}
-
-/// Records the fork with the intent to make it. Cut short it is removed, like a creation.
-async fn commit(shared: &Arc<Shared>, record: InstanceRecord) -> Result<(), EngineError> {
-    let name = record.name.clone();
-    shared
-        .store
-        .write(move |connection| {
-            hypeman_store::instances::insert(connection, &record.id, &record.name, &record)?;
-            journal::begin(connection, &record.id, &Operation::Create.encode()).map(|_| ())
-        })
-        .await
-        .map_err(|error| match error {
-            StoreError::Conflict(_) => EngineError::ForkNameConflict(name),
-            other => other.into(),
-        })
-}
-
-async fn new_address(
-    shared: &Arc<Shared>,
-    id: &str,
-    like: &NetworkRecord,
-) -> Result<NetworkRecord, EngineError> {
-    let network = shared.network().await?;
-    let seed = u64::from_le_bytes(crate::random::bytes().map_err(|error| EngineError::io("random", error))?);
-    let octets = crate::random::bytes().map_err(|error| EngineError::io("random", error))?;
-    let address = shared.reserve_address(|in_use| network.allocate(in_use, seed))?;
-    Ok(NetworkRecord {
-        ip: address.ip,
-        mac: hypeman_network::mac_address(octets),
-        tap: hypeman_network::tap_name(id),
-        ..like.clone()
-    })
 }
 
 impl Driver {

@@ -82,16 +82,7 @@ impl Driver {
         self.record.exit = Some(exit);
         self.record.stopped_at = Some(Timestamp::now());
         self.observe(&Observation::VmmGone);
-        let document = self.record.clone();
-        let saved = self
-            .shared
-            .store
-            .write(move |connection| {
-                hypeman_store::instances::update(connection, &document.id, &document)?;
-                journal::clear(connection, &document.id)
-            })
-            .await;
-        self.note_saved(saved);
+        self.settle().await;
         self.publish();
     }
 

@@ -17,8 +17,6 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Command, Observation, permit};
 use hypeman_guest_api::AgentKey;
-use hypeman_network::Attachment;
-use hypeman_store::journal;
 use hypeman_vmm::{Machine, MemoryBacking, Restore};
 use jiff::Timestamp;
 
@@ -28,7 +26,7 @@ use super::link::{Link, Welcome};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
-use crate::snapshots::state;
+use crate::snapshots::state::{self, Present};
 use crate::snapshots::vault::{Frozen, Hold};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, StandbyRequest};
 use crate::{EngineError, durable, faults};
@@ -95,7 +93,7 @@ impl Driver {
             crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?
         );
         let directory = self.shared.layout.standby(&self.record.id, &name);
-        let facts = self.facts(identity, &kept.image);
+        let facts = self.facts(identity, &kept);
         let manifest = blocking(move || {
             make_private(&directory)?;
             state::write(&directory, facts, &devices)
@@ -150,16 +148,7 @@ impl Driver {
         self.record.run = None;
         self.record.stopped_at = Some(Timestamp::now());
         self.observe(&Observation::StandbyReached);
-        let document = self.record.clone();
-        let saved = self
-            .shared
-            .store
-            .write(move |connection| {
-                hypeman_store::instances::update(connection, &document.id, &document)?;
-                journal::clear(connection, &document.id)
-            })
-            .await;
-        self.note_saved(saved);
+        self.settle().await;
         faults::point("standby.finished");
         self.log.line("in standby");
         if let Some(standby) = &self.record.standby {
@@ -210,27 +199,32 @@ impl Driver {
         let vmm = shared.vmm(self.record.hypervisor)?;
         let directory = shared.layout.standby(&self.record.id, &standby.directory);
         let digest = standby.manifest.clone();
-        let (manifest, devices) = blocking(move || state::read(&directory, &digest)).await?;
-        let identity = vmm.state_identity().await?;
-        let kernel = &self.record.boot_artifacts;
-        if let Some(reason) = state::mismatch(&manifest, self.record.hypervisor, &identity, kernel) {
+        // None of these has an effect; together they take as long as the longest.
+        let ((manifest, devices), identity, artifacts, memory) = tokio::try_join!(
+            blocking(move || state::read(&directory, &digest)),
+            async { Ok(vmm.state_identity().await?) },
+            shared.boot_artifacts(&self.record.boot_artifacts),
+            shared.vault.materialize(&standby.memory.image),
+        )?;
+        let present = Present {
+            hypervisor: self.record.hypervisor,
+            identity: &identity,
+            boot_artifacts: &self.record.boot_artifacts,
+            memory_bytes: self.record.memory_bytes,
+            vcpus: self.record.vcpus,
+            networked: self.record.network.is_some(),
+        };
+        if let Some(reason) = state::mismatch(&manifest.facts, &present) {
             return Err(EngineError::Incompatible(reason));
         }
+        if manifest.facts.memory_digest != memory.digest() {
+            return Err(EngineError::damaged("the memory image"));
+        }
         let image = shared.images.bootable(&self.record.image_digest)?;
-        let artifacts = shared.boot_artifacts(&self.record.boot_artifacts).await?;
         make_private(&shared.layout.instance_runtime(&self.record.id))?;
         make_private(&shared.layout.logs(&self.record.id))?;
-        let memory = shared.vault.materialize(&standby.memory.image).await?;
         faults::point("restore.memory");
-        if let Some(network) = &self.record.network {
-            let attachment = Attachment {
-                instance_id: self.record.id.clone(),
-                tap: network.tap.clone(),
-                ip: network.ip,
-                mac: network.mac.clone(),
-            };
-            shared.network().await?.attach(attachment).await?;
-        }
+        self.attach().await?;
         faults::point("restore.network");
         let mut spec = machine_spec(&shared, &self.record, artifacts.kernel, artifacts.initramfs);
         spec.memory = MemoryBacking::Private(memory.base_path());
@@ -282,7 +276,9 @@ impl Driver {
         self.observe(&Observation::Restored {
             without_agent: self.record.skip_guest_agent,
         });
-        remove(shared.layout.standby(&self.record.id, &standby.directory)).await;
+        // The guest need not wait for this.
+        let consumed = shared.layout.standby(&self.record.id, &standby.directory);
+        shared.tasks.spawn(remove(consumed));
         Ok(())
     }
 
@@ -340,30 +336,10 @@ impl Driver {
             return Err(EngineError::RestoreFailed(reason));
         }
         faults::point("restore.confirmed");
-        let document = self.record.clone();
-        let saved = self
-            .shared
-            .store
-            .write(move |connection| {
-                hypeman_store::instances::update(connection, &document.id, &document)?;
-                journal::clear(connection, &document.id)
-            })
-            .await;
-        self.note_saved(saved);
+        self.settle().await;
         self.log.line("restored");
         self.publish();
         Ok(())
-    }
-
-    /// Removes the intent of an operation that has left no trace.
-    pub(super) async fn clear_journal(&mut self) {
-        let id = self.record.id.clone();
-        let cleared = self
-            .shared
-            .store
-            .write(move |connection| journal::clear(connection, &id))
-            .await;
-        self.note_saved(cleared);
     }
 }
 

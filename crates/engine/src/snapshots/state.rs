@@ -27,10 +27,9 @@ const DEVICES: &str = "devices.state";
 /// Far above what any machine writes: about 200 kB.
 const MAX_FILE: u64 = 64 << 20;
 
-/// What a captured machine needs to go on.
+/// What is said of a captured machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Manifest {
-    format: u32,
+pub(crate) struct Facts {
     /// Which VMM wrote it.
     pub(crate) hypervisor: VmmKind,
     /// Version and machine, as the VMM names them.
@@ -45,32 +44,24 @@ pub(crate) struct Manifest {
     pub(crate) networked: bool,
     /// Its memory image.
     pub(crate) memory_image: String,
-    devices_bytes: u64,
-    devices_blake3: String,
+    /// What that image holds, hex: it commits to each byte.
+    pub(crate) memory_digest: String,
 }
 
-/// What a new manifest says of the machine.
-pub(crate) struct Facts {
-    pub(crate) hypervisor: VmmKind,
-    pub(crate) identity: StateIdentity,
-    pub(crate) boot_artifacts: String,
-    pub(crate) memory_bytes: u64,
-    pub(crate) vcpus: u32,
-    pub(crate) networked: bool,
-    pub(crate) memory_image: String,
+/// What a captured machine needs to go on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Manifest {
+    format: u32,
+    pub(crate) facts: Facts,
+    devices_bytes: u64,
+    devices_blake3: String,
 }
 
 /// Writes both files, durably; returns the digest of the manifest.
 pub(crate) fn write(directory: &Path, facts: Facts, devices: &[u8]) -> Result<String, EngineError> {
     let manifest = Manifest {
         format: FORMAT,
-        hypervisor: facts.hypervisor,
-        identity: facts.identity,
-        boot_artifacts: facts.boot_artifacts,
-        memory_bytes: facts.memory_bytes,
-        vcpus: facts.vcpus,
-        networked: facts.networked,
-        memory_image: facts.memory_image,
+        facts,
         devices_bytes: devices.len() as u64,
         devices_blake3: blake3::hash(devices).to_hex().to_string(),
     };
@@ -132,28 +123,52 @@ pub(crate) fn devices_bytes(directory: &Path) -> u64 {
     std::fs::metadata(directory.join(DEVICES)).map_or(0, |metadata| metadata.len())
 }
 
-/// Says what of the captured machine this host does not have. `None` when all fits.
-pub(crate) fn mismatch(
-    manifest: &Manifest,
-    hypervisor: VmmKind,
-    identity: &StateIdentity,
-    boot_artifacts: &str,
-) -> Option<String> {
-    if manifest.hypervisor != hypervisor {
+/// The machine that is to go on.
+pub(crate) struct Present<'a> {
+    pub(crate) hypervisor: VmmKind,
+    pub(crate) identity: &'a StateIdentity,
+    pub(crate) boot_artifacts: &'a str,
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u32,
+    pub(crate) networked: bool,
+}
+
+/// Says what of the captured machine the present one does not have. `None` when all fits.
+pub(crate) fn mismatch(captured: &Facts, present: &Present<'_>) -> Option<String> {
+    if captured.hypervisor != present.hypervisor {
         return Some(format!(
             "it was captured on {:?} and memory cannot change the hypervisor; use a Stopped snapshot for that",
-            manifest.hypervisor
+            captured.hypervisor
         ));
     }
-    if &manifest.identity != identity {
+    if &captured.identity != present.identity {
         return Some(format!(
             "it was captured by {}, this host has {}; install that version again, or use a Stopped snapshot",
-            described(&manifest.identity),
-            described(identity)
+            described(&captured.identity),
+            described(present.identity)
         ));
     }
-    (manifest.boot_artifacts != boot_artifacts)
-        .then(|| "it was captured with another guest kernel".to_owned())
+    if captured.boot_artifacts != present.boot_artifacts {
+        return Some("it was captured with another guest kernel; use a Stopped snapshot".to_owned());
+    }
+    // A VMM may take the state of another shape without a word, and its guest would be lost.
+    let former = (captured.memory_bytes, captured.vcpus, captured.networked);
+    let shape = (present.memory_bytes, present.vcpus, present.networked);
+    (former != shape).then(|| {
+        format!(
+            "it was captured with {} bytes of memory, {} vCPUs and {}, and would go on with {} bytes, {} vCPUs and {}",
+            former.0,
+            former.1,
+            network(former.2),
+            shape.0,
+            shape.1,
+            network(shape.2)
+        )
+    })
+}
+
+fn network(present: bool) -> &'static str {
+    if present { "a network" } else { "no network" }
 }
 
 fn described(identity: &StateIdentity) -> String {
@@ -183,4 +198,82 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>, EngineError> {
         Ok(bytes)
     };
     read().map_err(|error| EngineError::io("read the device state", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use hypeman_vmm::Accelerator;
+
+    use super::*;
+
+    fn identity(version: &str) -> StateIdentity {
+        StateIdentity {
+            vmm: VmmKind::Qemu,
+            version: version.to_owned(),
+            machine: "pc-q35-7.2".to_owned(),
+            cpu: "max".to_owned(),
+            accelerator: Accelerator::Tcg,
+        }
+    }
+
+    fn written(directory: &Path) -> String {
+        let facts = Facts {
+            hypervisor: VmmKind::Qemu,
+            identity: identity("7.2.0"),
+            boot_artifacts: "kernel".to_owned(),
+            memory_bytes: 1 << 28,
+            vcpus: 1,
+            networked: true,
+            memory_image: "image".to_owned(),
+            memory_digest: "digest".to_owned(),
+        };
+        write(directory, facts, b"devices").unwrap()
+    }
+
+    #[test]
+    fn what_differs_is_named_with_what_to_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let digest = written(directory.path());
+        let (manifest, devices) = read(directory.path(), &digest).unwrap();
+        assert_eq!(devices, b"devices");
+        let (same, newer) = (identity("7.2.0"), identity("10.0.2"));
+        let present = |identity, vcpus, boot_artifacts, hypervisor| Present {
+            hypervisor,
+            identity,
+            boot_artifacts,
+            memory_bytes: 1 << 28,
+            vcpus,
+            networked: true,
+        };
+        let says = |present: Present<'_>| mismatch(&manifest.facts, &present);
+        assert_eq!(says(present(&same, 1, "kernel", VmmKind::Qemu)), None);
+        for (present, word) in [
+            (present(&newer, 1, "kernel", VmmKind::Qemu), "10.0.2"),
+            (present(&same, 2, "kernel", VmmKind::Qemu), "2 vCPUs"),
+            (present(&same, 1, "other", VmmKind::Qemu), "kernel"),
+            (present(&same, 1, "kernel", VmmKind::QemuMicrovm), "Stopped"),
+        ] {
+            let reason = says(present).unwrap();
+            assert!(reason.contains(word), "{reason}");
+        }
+    }
+
+    #[test]
+    fn no_bit_of_either_file_can_change_unnoticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let digest = written(directory.path());
+        for (file, part) in [(MANIFEST, "manifest"), (DEVICES, "device state")] {
+            let path = directory.path().join(file);
+            let whole = std::fs::read(&path).unwrap();
+            for place in [0, whole.len() / 2, whole.len() - 1] {
+                let mut flipped = whole.clone();
+                flipped[place] ^= 1;
+                std::fs::write(&path, flipped).unwrap();
+                let refusal = read(directory.path(), &digest).unwrap_err().to_string();
+                assert!(refusal.contains(part), "{refusal}");
+            }
+            std::fs::write(&path, &whole).unwrap();
+        }
+        assert!(read(directory.path(), &digest).is_ok());
+    }
 }

@@ -101,6 +101,8 @@ pub(crate) struct Lineage {
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) image: String,
+    /// Commits to each byte of it, hex.
+    pub(crate) digest: String,
     /// Bytes that it stores itself.
     pub(crate) stored_bytes: u64,
     pub(crate) hold: Hold,
@@ -108,12 +110,15 @@ pub(crate) struct Kept {
 
 /// Memory laid out for a machine. The base stays reachable until this is dropped.
 #[derive(Debug)]
-pub(crate) struct LaidOut(Arc<Materialized>);
+pub(crate) struct LaidOut {
+    memory: Arc<Materialized>,
+    digest: String,
+}
 
 impl LaidOut {
     /// What the machine maps.
     pub(crate) fn base_path(&self) -> PathBuf {
-        match &self.0.base {
+        match &self.memory.base {
             Base::File { path, .. } => path.clone(),
             // Named through this process: the descriptor is open as long as this value lives.
             Base::Memfd(memory) => {
@@ -122,12 +127,17 @@ impl LaidOut {
         }
     }
 
+    /// What it holds, hex: the same as when it was kept, or it is another's.
+    pub(crate) fn digest(&self) -> &str {
+        &self.digest
+    }
+
     /// What is written over it.
     pub(crate) fn patch(&self) -> Option<Patch> {
-        if self.0.patch.is_empty() {
+        if self.memory.patch.is_empty() {
             return None;
         }
-        let laid_out = Arc::clone(&self.0);
+        let laid_out = Arc::clone(&self.memory);
         Some(Box::new(move |memory: &GuestMemory| {
             laid_out
                 .patch
@@ -271,6 +281,7 @@ impl Vault {
         let hold = self.hold(&id.to_string());
         Ok(Kept {
             image: id.to_string(),
+            digest: captured.digest.to_hex().to_string(),
             stored_bytes: captured.stored_bytes,
             hold,
         })
@@ -279,8 +290,12 @@ impl Vault {
     /// Lays an image out for a machine; everything in it is checked first.
     pub(crate) async fn materialize(&self, image: &str) -> Result<LaidOut, EngineError> {
         let (store, id) = (self.store.clone(), parse(image)?);
-        let laid_out = blocking(move || Ok(store.materialize(&id)?)).await?;
-        Ok(LaidOut(Arc::new(laid_out)))
+        blocking(move || {
+            let digest = store.digest(id)?.to_hex().to_string();
+            let memory = Arc::new(store.materialize(&id)?);
+            Ok(LaidOut { memory, digest })
+        })
+        .await
     }
 
     /// Asks for an image to be compressed, as its record says; `snapshot` is the one that says so.
