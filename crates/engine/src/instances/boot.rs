@@ -17,7 +17,7 @@ use hypeman_store::journal;
 use hypeman_vmm::{Disk, IoLimit, Machine, MachineSpec, MemoryBacking, Nic, VmmError};
 use jiff::Timestamp;
 
-use super::disks::create_overlay;
+use super::disks::{create_overlay, sync_overlay};
 use super::driver::{Driver, Operation, Run};
 use super::link::{Link, Welcome};
 use super::model::{InstanceRecord, RunRecord};
@@ -71,7 +71,12 @@ impl Driver {
         let shared = Arc::clone(&self.shared);
         let image = shared.images.bootable(&self.record.image_digest)?;
         let artifacts = shared.boot_artifacts(&self.record.boot_artifacts).await?;
-        self.prepare_files().await?;
+        let fresh = self.prepare_files().await?;
+        // Beside the start of the VMM, and durable before the commit.
+        let overlay = shared
+            .layout
+            .overlay(&self.record.id, self.record.disk_generation);
+        let stored = fresh.then(|| tokio::task::spawn_blocking(move || sync_overlay(&overlay)));
         self.log.line(if first {
             "create: booting"
         } else {
@@ -109,6 +114,10 @@ impl Driver {
         // The guest needs its configuration only after the kernel is up: the commit runs beside the boot.
         let link = Link::start(&machine, key, config, Welcome::Nothing);
         let document = started.clone();
+        if let Some(stored) = stored {
+            let stored = stored.await;
+            stored.map_err(|error| EngineError::io("store the writable layer", error.into()))??;
+        }
         shared
             .store
             .write(move |connection| {
@@ -130,7 +139,8 @@ impl Driver {
         Ok(())
     }
 
-    async fn prepare_files(&self) -> Result<(), EngineError> {
+    /// `true` when the writable layer was made.
+    async fn prepare_files(&self) -> Result<bool, EngineError> {
         let layout = self.shared.layout.clone();
         let id = self.record.id.clone();
         let (bytes, generation) = (self.record.overlay_bytes, self.record.disk_generation);
@@ -139,10 +149,11 @@ impl Driver {
             make_private(&layout.logs(&id))?;
             make_private(&layout.instance_runtime(&id))?;
             let overlay = layout.overlay(&id, generation);
-            if !overlay.exists() {
+            let fresh = !overlay.exists();
+            if fresh {
                 create_overlay(&layout.overlay_templates(), bytes, &overlay)?;
             }
-            Ok(())
+            Ok(fresh)
         };
         tokio::task::spawn_blocking(work)
             .await

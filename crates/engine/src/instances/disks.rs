@@ -4,6 +4,7 @@
 //! copy moves only the template's data extents (a few hundred KiB), or nothing at all where the file system can
 //! share blocks.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -112,7 +113,35 @@ fn create_new(target: &Path) -> io::Result<File> {
         .open(target)
 }
 
-/// Makes the writable layer of an instance at `target`, which must not exist.
+/// Removes the templates of sizes that are not `in_use`, and what a crash left half made.
+pub(crate) fn sweep_templates(templates: &Path, in_use: &HashSet<u64>) -> io::Result<()> {
+    for entry in std::fs::read_dir(templates)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let size = name
+            .to_str()
+            .and_then(|name| name.strip_suffix(".ext4")?.parse().ok());
+        if size.is_none_or(|size| !in_use.contains(&size)) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a layer survive power loss: its content, and its name up to the directory of all instances.
+pub(crate) fn sync_overlay(overlay: &Path) -> Result<(), EngineError> {
+    let sync = || -> io::Result<()> {
+        File::open(overlay)?.sync_all()?;
+        for directory in overlay.ancestors().skip(1).take(2) {
+            durable::sync_directory(directory)?;
+        }
+        Ok(())
+    };
+    sync().map_err(|error| EngineError::io("store the writable layer", error))
+}
+
+/// Makes the writable layer of an instance at `target`, which must not exist. It survives power loss only after
+/// [`sync_overlay`].
 pub(crate) fn create_overlay(templates: &Path, bytes: u64, target: &Path) -> Result<(), EngineError> {
     let template = template(templates, bytes)?;
     let copy = || -> io::Result<()> {
@@ -219,6 +248,29 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    #[test]
+    fn templates_stay_while_an_instance_has_their_size() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("instance/overlay");
+        std::fs::create_dir(target.parent().unwrap()).unwrap();
+        let templates = directory.path().join("templates");
+        std::fs::create_dir(&templates).unwrap();
+        for bytes in [32 << 20, 64 << 20] {
+            template(&templates, bytes).unwrap();
+        }
+        std::fs::write(templates.join(".33554432-cut"), "half").unwrap();
+        create_overlay(&templates, 64 << 20, &target).unwrap();
+        sync_overlay(&target).unwrap();
+        sweep_templates(&templates, &HashSet::from([64 << 20])).unwrap();
+        let left: Vec<_> = std::fs::read_dir(&templates)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["67108864.ext4"]);
+        sweep_templates(&templates, &HashSet::new()).unwrap();
+        assert_eq!(std::fs::read_dir(&templates).unwrap().count(), 0);
+    }
 
     #[test]
     fn a_large_layer_costs_little_and_is_a_clean_file_system() {

@@ -13,7 +13,7 @@
 //! | capture      | anything         | undone: the machine goes on                      |
 //! | nothing      | VMM lives        | adopted, whatever the server's version           |
 //! | nothing      | VMM recorded, gone | it is stopped, and says why                    |
-//! | nothing      | no record, files | files go                                         |
+//! | nothing      | no record, files | files go, as do templates of layers nobody has   |
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -27,6 +27,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::boot::{adoption_spec, kill_leftovers};
+use super::disks::sweep_templates;
 use super::driver::{self, Driver, Operation, Request, Run};
 use super::model::InstanceRecord;
 use super::shutdown::exit_unseen;
@@ -48,6 +49,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
         }
     }
     let known: HashSet<String> = records.iter().map(|record| record.id.clone()).collect();
+    let sizes: HashSet<u64> = records.iter().map(|record| record.overlay_bytes).collect();
     let taps = keep_taps(&records, &intents);
     let networked = records.iter().any(|record| record.network.is_some());
     for record in &records {
@@ -92,7 +94,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
             Err(error) => tracing::error!(%error, "TAPs of machines that are gone were not removed"),
         }
     }
-    if let Err(error) = sweep(shared, &known) {
+    if let Err(error) = sweep(shared, &known, &sizes) {
         tracing::error!(%error, "leftovers of instances that are gone were not removed");
     }
     let ready = adopted.into_iter().map(|mut published| async move {
@@ -282,7 +284,7 @@ async fn stopped(
 }
 
 /// Removes files and sockets that belong to no instance.
-fn sweep(shared: &Shared, known: &HashSet<String>) -> std::io::Result<()> {
+fn sweep(shared: &Shared, known: &HashSet<String>, sizes: &HashSet<u64>) -> std::io::Result<()> {
     for directory in [shared.layout.instances(), shared.layout.runtime().to_owned()] {
         for entry in std::fs::read_dir(directory)? {
             let entry = entry?;
@@ -295,11 +297,5 @@ fn sweep(shared: &Shared, known: &HashSet<String>) -> std::io::Result<()> {
             }
         }
     }
-    for entry in std::fs::read_dir(shared.layout.overlay_templates())? {
-        let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
+    sweep_templates(&shared.layout.overlay_templates(), sizes)
 }
