@@ -9,7 +9,7 @@
 //!
 //! Build it with `cargo build -p hypeman-guest --profile guest --target x86_64-unknown-linux-musl`; where that
 //! target is absent, with `RUSTFLAGS="-C target-feature=+crt-static"` and `--target x86_64-unknown-linux-gnu`. The
-//! initramfs needs the program as `/init` and, for kernels with modules, `/modules/order` with one path a line.
+//! initramfs needs the program as `/init` and, for kernels with modules, `/modules/order` with one module a line.
 //!
 //! * [`agent`] serves the host and needs nothing but a byte stream; it runs in any process.
 //! * [`machine`] is what only process 1 of a virtual machine may do.

@@ -103,7 +103,8 @@ impl Kernels {
                 });
             }
         };
-        let archive = initramfs(guest, &needed);
+        let signed = modules::are_demanded(&source.kernel, &unpacked.release);
+        let archive = initramfs(guest, &needed, signed);
         let initramfs = blake3::hash(&archive).to_hex().to_string();
         let path = self.initramfs_path(&initramfs);
         if !holds(&path, &initramfs) {
@@ -254,7 +255,8 @@ impl Kernels {
     }
 }
 
-fn initramfs(guest: &[u8], modules: &[Module]) -> Vec<u8> {
+/// `signed`: modules keep their signatures.
+fn initramfs(guest: &[u8], needed: &[Module], signed: bool) -> Vec<u8> {
     let mut archive = Archive::default();
     for directory in ["dev", "proc", "sys", "run"] {
         archive.directory(directory);
@@ -262,15 +264,19 @@ fn initramfs(guest: &[u8], modules: &[Module]) -> Vec<u8> {
     // The kernel opens it for the first program before anything is mounted.
     archive.character_device("dev/console", 5, 1);
     archive.file("init", 0o755, guest);
-    if !modules.is_empty() {
+    if !needed.is_empty() {
         archive.directory("modules");
-        let order: String = modules
+        let order: String = needed
             .iter()
-            .map(|module| format!("/modules/{}.ko\n", module.name))
+            .map(|module| module.need.line(&format!("/modules/{}.ko", module.name)))
             .collect();
         archive.file("modules/order", 0o644, order.as_bytes());
-        for module in modules {
-            archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.content);
+        for module in needed {
+            let content = match signed {
+                true => &module.content,
+                false => modules::without_signature(&module.content),
+            };
+            archive.file(&format!("modules/{}.ko", module.name), 0o644, content);
         }
     }
     archive.finish()

@@ -1,7 +1,15 @@
-//! Which kernel modules a guest needs, in the order in which they can be loaded.
+//! Which kernel modules a guest needs, in the order in which they can be loaded, and what each waits for.
 //!
-//! A module names what it depends on in its own `.modinfo` section. That is read instead of `modules.dep`,
-//! because a package that was merely unpacked has none.
+//! A module names what it depends on, and the devices that it drives, in its own `.modinfo` section. That is read
+//! instead of `modules.dep` and `modules.alias`, because a package that was merely unpacked has none.
+//!
+//! Each module costs a guest milliseconds of its boot, so a driver is loaded only where its device is, and one that
+//! no program waits for only after the program has started. What another module needs is loaded whenever any module
+//! is that needs it. Signatures are left out where the kernel does not insist on them: checking one takes longer than
+//! loading the module.
+
+mod need;
+mod signature;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -10,6 +18,9 @@ use std::path::{Path, PathBuf};
 use crate::KernelError;
 use crate::decompress::decompress;
 use crate::elf::Elf;
+
+pub(crate) use need::Need;
+pub(crate) use signature::{are_demanded, without_signature};
 
 /// Without these no guest of ours comes up.
 pub(crate) const REQUIRED: [&str; 4] = ["virtio_blk", "virtio_console", "overlay", "erofs"];
@@ -28,6 +39,11 @@ const WANTED: [&str; 12] = [
     "vmw_vsock_virtio_transport",
     "pvpanic_mmio",
 ];
+/// Whoever needs these can wait until the program runs: the host has given the first entropy, and nobody takes
+/// memory back from a guest that boots.
+const LATE: [&str; 3] = ["virtio_rng", "virtio_balloon", "pvpanic_mmio"];
+/// Its devices can be named on the kernel's command line, where nothing asks for a driver.
+const ALWAYS: [&str; 1] = ["virtio_mmio"];
 /// Some names in dependencies are algorithms, not modules.
 const ALGORITHMS: [(&str, &str); 1] = [("crc32c", "crc32c_generic")];
 const MODULE_LIMIT: usize = 64 * 1024 * 1024;
@@ -41,6 +57,8 @@ pub(crate) struct Module {
     pub(crate) name: String,
     /// The `.ko` file.
     pub(crate) content: Vec<u8>,
+    /// When it is to be loaded.
+    pub(crate) need: Need,
 }
 
 /// The modules of `directory` (as `/lib/modules/<release>`) that a guest needs, each after what it needs itself.
@@ -64,25 +82,25 @@ pub(crate) fn needed(directory: &Path, release: &str) -> Result<Vec<Module>, Ker
         present,
         taken: HashSet::new(),
         order: Vec::new(),
+        depends: Vec::new(),
     };
     for wanted in WANTED {
         closure.take(wanted)?;
     }
-    Ok(closure.order)
+    Ok(closure.judged())
 }
 
 struct Closure {
     present: BTreeMap<String, PathBuf>,
     taken: HashSet<String>,
     order: Vec<Module>,
+    /// What each of `order` depends on.
+    depends: Vec<Vec<String>>,
 }
 
 impl Closure {
     fn take(&mut self, name: &str) -> Result<(), KernelError> {
-        let name = ALGORITHMS
-            .iter()
-            .find(|(algorithm, _)| *algorithm == name)
-            .map_or(name, |(_, module)| module);
+        let name = resolved(name);
         let Some(path) = self.present.get(name).cloned() else {
             return Ok(());
         };
@@ -93,25 +111,70 @@ impl Closure {
         let packed = fs::read(&path).map_err(KernelError::io("read", &path))?;
         let content = decompress(&packed, MODULE_LIMIT)
             .map_err(|error| KernelError::unusable(&path, error.to_string()))?;
-        for dependency in dependencies(&content) {
-            self.take(&dependency)?;
+        let depends = dependencies(&content);
+        for dependency in &depends {
+            self.take(dependency)?;
         }
+        let need = match WANTED.contains(&name) {
+            true => own_need(name, &content),
+            false => Need::Never,
+        };
         self.order.push(Module {
             name: name.to_owned(),
             content,
+            need,
         });
+        self.depends.push(depends);
         Ok(())
     }
+
+    /// The order, each with what it and all that build on it wait for.
+    fn judged(mut self) -> Vec<Module> {
+        // Who depends on a module comes after it, so from the end each is final when its turn comes.
+        for index in (0..self.order.len()).rev() {
+            let need = self.order[index].need.clone();
+            for dependency in &self.depends[index] {
+                let before = &mut self.order[..index];
+                let module = before
+                    .iter_mut()
+                    .find(|module| module.name == resolved(dependency));
+                if let Some(module) = module {
+                    module.need = std::mem::replace(&mut module.need, Need::Never).or(need.clone());
+                }
+            }
+        }
+        self.order
+    }
+}
+
+/// What a module of ours waits for by itself.
+fn own_need(name: &str, content: &[u8]) -> Need {
+    let devices: Vec<String> = fields(content)
+        .into_iter()
+        .filter_map(|field| field.strip_prefix("alias=").map(str::to_owned))
+        .filter(|alias| need::is_of_a_device(alias))
+        .collect();
+    let late = LATE.contains(&name);
+    match devices.is_empty() || ALWAYS.contains(&name) {
+        true => Need::Always { late },
+        false => Need::Device {
+            late,
+            aliases: devices.into_iter().collect(),
+        },
+    }
+}
+
+fn resolved(name: &str) -> &str {
+    ALGORITHMS
+        .iter()
+        .find(|(algorithm, _)| *algorithm == name)
+        .map_or(name, |(_, module)| module)
 }
 
 /// What must be loaded before this module.
 fn dependencies(module: &[u8]) -> Vec<String> {
-    let Some(information) = Elf::parse(module).and_then(|elf| elf.section(".modinfo")) else {
-        return Vec::new();
-    };
     let mut names = Vec::new();
-    for field in information.split(|byte| *byte == 0) {
-        let field = String::from_utf8_lossy(field);
+    for field in fields(module) {
         if let Some(list) = field.strip_prefix("depends=") {
             names.extend(list.split(',').map(normal));
         } else if let Some(list) = field.strip_prefix("softdep=") {
@@ -124,6 +187,16 @@ fn dependencies(module: &[u8]) -> Vec<String> {
     }
     names.retain(|name| !name.is_empty());
     names
+}
+
+/// What a module says of itself.
+fn fields(module: &[u8]) -> Vec<String> {
+    Elf::parse(module)
+        .and_then(|elf| elf.section(".modinfo"))
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+        .map(|field| String::from_utf8_lossy(field).into_owned())
+        .collect()
 }
 
 fn normal(name: &str) -> String {

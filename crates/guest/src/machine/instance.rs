@@ -21,7 +21,9 @@ use super::{
     disks::{self, Disks},
     ending,
     handover::{self, ProcessName},
-    identity, network, program, pseudo,
+    identity,
+    modules::Late,
+    network, program, pseudo,
 };
 use crate::{
     agent::{Agent, Ending, Machine},
@@ -54,15 +56,17 @@ enum Life {
 pub(super) struct Instance {
     name: ProcessName,
     power_switch: bool,
+    late_modules: RefCell<Option<Late>>,
     life: RefCell<Life>,
     disks: Rc<RefCell<Option<Disks>>>,
 }
 
 impl Instance {
-    pub(super) fn new(name: ProcessName) -> Instance {
+    pub(super) fn new(name: ProcessName, late_modules: Late) -> Instance {
         Instance {
             name,
             power_switch: ending::has_power_switch(),
+            late_modules: RefCell::new(Some(late_modules)),
             life: RefCell::new(Life::Empty),
             disks: Rc::new(RefCell::new(None)),
         }
@@ -83,7 +87,11 @@ impl Instance {
         match config.init_mode {
             InitMode::Exec => self.run_program(agent, config),
             InitMode::Systemd => self.run_init(agent, config),
+        }?;
+        if let Some(late) = self.late_modules.take() {
+            tokio::task::spawn_blocking(move || late.load());
         }
+        Ok(())
     }
 
     fn run_program(&self, agent: &Rc<Agent>, config: &GuestConfig) -> Result<(), String> {
@@ -92,7 +100,7 @@ impl Instance {
             .map_err(|error| format!("output: {error}"))?;
         // Some images write to the output of process 1.
         let _ = dup2_stdout(&output.writer).and_then(|()| dup2_stderr(&output.writer));
-        let started = program::start(&config.program, &output.writer, cgroup::for_program());
+        let started = program::start(&config.program, &output.writer, cgroup::for_program().as_ref());
         let Output { writer, drained } = output;
         drop(writer);
         match started {

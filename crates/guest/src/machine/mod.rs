@@ -1,7 +1,7 @@
 //! What only process 1 of a virtual machine does.
 //!
 //! Order of a boot: pseudo file systems, kernel modules, agent port; then nothing until the host says who we
-//! are; then disks, root, identity, network, program. Nothing of an instance is known before that, so a machine
+//! are; then disks, root, identity, network, program, and the modules that nothing waited for. Nothing of an instance is known before that, so a machine
 //! may be captured while it waits and become any instance later.
 
 mod cgroup;
@@ -54,7 +54,7 @@ pub fn run(name: ProcessName) -> ! {
 }
 
 fn boot(name: ProcessName) -> std::io::Result<()> {
-    modules::load();
+    let late = modules::load();
     handover::ignore_broken_pipes();
     // Many sessions need many descriptors; what is started gets limits of its own.
     let _ = rustix::process::setrlimit(
@@ -65,16 +65,16 @@ fn boot(name: ProcessName) -> std::io::Result<()> {
         },
     );
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    LocalSet::new().block_on(&runtime, serve(name))
+    LocalSet::new().block_on(&runtime, serve(name, late))
 }
 
-async fn serve(name: ProcessName) -> std::io::Result<()> {
+async fn serve(name: ProcessName, late: modules::Late) -> std::io::Result<()> {
     let reaper = Reaper::start(true)?;
     // Inits end all processes politely first; the agent stays for the host. Handled rather than ignored, because
     // that is not inherited by what we start.
     let _polite = [SignalKind::interrupt(), SignalKind::hangup()].map(signal);
     let mut terminate = signal(SignalKind::terminate())?;
-    let agent = Agent::new(Box::new(Instance::new(name)), reaper);
+    let agent = Agent::new(Box::new(Instance::new(name, late)), reaper);
     let told = Rc::clone(&agent);
     tokio::task::spawn_local(async move {
         while terminate.recv().await.is_some() {

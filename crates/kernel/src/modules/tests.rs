@@ -107,3 +107,50 @@ fn a_kernel_without_a_needed_driver_is_refused_by_name() {
         "{error}"
     );
 }
+
+#[test]
+fn a_driver_waits_for_its_device_and_what_it_builds_on_with_it() {
+    let package = package(
+        &[
+            ("a/virtio.ko", "depends=\0"),
+            ("a/virtio_ring.ko", "depends=virtio\0"),
+            (
+                "a/virtio_pci.ko",
+                "alias=pci:v00001AF4d*sv*sd*bc*sc*i*\0depends=legacy,virtio_ring\0",
+            ),
+            ("a/legacy.ko", "depends=\0"),
+            (
+                "a/virtio_mmio.ko",
+                "alias=acpi*:LNRO0005:*\0depends=virtio_ring\0",
+            ),
+            (
+                "a/virtio_net.ko",
+                "alias=virtio:d00000001v*\0depends=virtio,failover\0",
+            ),
+            ("a/failover.ko", "alias=of no bus\0"),
+            (
+                "a/virtio_balloon.ko",
+                "alias=virtio:d00000005v*\0depends=virtio\0",
+            ),
+            ("a/erofs.ko", "alias=fs-erofs\0"),
+        ],
+        "x/virtio_console.ko\nx/virtio_blk.ko\nx/overlay.ko\n",
+    );
+    let list: String = needed(package.path(), "6.1")
+        .unwrap()
+        .into_iter()
+        .map(|module| module.need.line(&module.name))
+        .collect();
+    assert_eq!(
+        list,
+        "now legacy pci:v00001AF4d*sv*sd*bc*sc*i*\n\
+         now virtio\n\
+         now virtio_ring\n\
+         now virtio_pci pci:v00001AF4d*sv*sd*bc*sc*i*\n\
+         now virtio_mmio\n\
+         now erofs\n\
+         now failover virtio:d00000001v*\n\
+         now virtio_net virtio:d00000001v*\n\
+         late virtio_balloon virtio:d00000005v*\n"
+    );
+}
