@@ -2,7 +2,6 @@
 #![allow(unsafe_code)]
 
 use std::{
-    fs::File,
     io,
     os::{
         fd::OwnedFd,
@@ -18,7 +17,7 @@ use rustix::{
     thread::{set_thread_gid, set_thread_groups, set_thread_uid},
 };
 
-use super::users;
+use super::{cgroup, users};
 use crate::agent::{DEFAULT_PATH, Ending, Lookup, find_program};
 
 const NOT_EXECUTABLE: i32 = 126;
@@ -30,7 +29,7 @@ const CANNOT_START: i32 = 128;
 ///
 /// # Errors
 /// The exit that it amounts to.
-pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<File>) -> Result<Pid, ExitReason> {
+pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<&OwnedFd>) -> Result<Pid, ExitReason> {
     let word = program.argv.first().map_or("", String::as_str);
     let user = users::resolve(&program.user).map_err(|message| failed(CANNOT_START, message))?;
     let directory = Path::new(match program.working_directory.as_str() {
@@ -95,10 +94,6 @@ pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<File>) ->
     unsafe {
         command.pre_exec(move || {
             setsid()?;
-            if let Some(group) = &group {
-                // Only the report of the memory killer depends on it.
-                let _ = rustix::io::write(group, b"0");
-            }
             // Limits as container runtimes set them.
             setrlimit(
                 Resource::Nofile,
@@ -122,11 +117,18 @@ pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<File>) ->
             Ok(())
         });
     }
-    let child = command.spawn().map_err(|error| cannot_execute(word, &error))?;
-    i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| failed(CANNOT_START, "no process id".into()))
+    let started = match group {
+        // Only the report of the memory killer depends on it.
+        Some(group) => cgroup::spawn(command, group),
+        None => spawn(command),
+    };
+    started.map_err(|error| cannot_execute(word, &error))
+}
+
+/// Starts a command where the caller is.
+pub(super) fn spawn(mut command: Command) -> io::Result<Pid> {
+    let child = i32::try_from(command.spawn()?.id()).ok().and_then(Pid::from_raw);
+    child.ok_or_else(|| io::ErrorKind::Other.into())
 }
 
 fn failed(code: i32, message: String) -> ExitReason {
