@@ -105,8 +105,17 @@ impl LoopDisk {
         let space = rustix::fs::statvfs(&self.mount_point).expect("statvfs");
         let free = space.f_bavail * space.f_frsize;
         let file = std::fs::File::create(&filler).expect("filler");
-        let length = free.saturating_sub(leave);
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length).expect("fallocate");
+        let goal = free.saturating_sub(leave);
+        let (mut length, mut step) = (0, goal);
+        // Others may write at the same time, and the map of the filler itself takes room.
+        while length < goal && step >= space.f_frsize {
+            let more = step.min(goal - length);
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), length, more) {
+                Ok(()) => length += more,
+                Err(rustix::io::Errno::NOSPC) => step /= 2,
+                Err(error) => panic!("fallocate: {error}"),
+            }
+        }
         filler
     }
 }

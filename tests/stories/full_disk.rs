@@ -17,7 +17,7 @@ fn noise(bytes: usize) -> Vec<u8> {
     .collect()
 }
 
-async fn server_on(disk: &LoopDisk) -> Server {
+pub(crate) async fn server_on(disk: &LoopDisk) -> Server {
     let data_directory = Some(disk.path().join("d"));
     let settings = vec![
         ("limits.min_free_disk", json!("1MB")),

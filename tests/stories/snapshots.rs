@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 const COUNT: &str = "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
                      >/dev/null 2>&1 </dev/null &";
 
-async fn counter(guest: &Guest) -> u64 {
+pub(crate) async fn counter(guest: &Guest) -> u64 {
     // The shell empties the file before it writes to it.
     let text = guest
         .output("until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n")
@@ -17,7 +17,7 @@ async fn counter(guest: &Guest) -> u64 {
 }
 
 /// A guest with something in its memory and something on its disk.
-async fn counting(server: &Server, image: &str, overrides: Value) -> Guest {
+pub(crate) async fn counting(server: &Server, image: &str, overrides: Value) -> Guest {
     let guest = server.run(image, overrides).await;
     guest.output(COUNT).await;
     guest.output("echo before > /root/note && sync").await;
@@ -28,7 +28,7 @@ async fn counting(server: &Server, image: &str, overrides: Value) -> Guest {
     guest
 }
 
-async fn goes_on(guest: &Guest, at_least: u64) {
+pub(crate) async fn goes_on(guest: &Guest, at_least: u64) {
     let first = counter(guest).await;
     assert!(first >= at_least, "{first} after {at_least}");
     eventually("it goes on counting", || async { counter(guest).await > first }).await;

@@ -164,7 +164,13 @@ pub(crate) fn make_private(directory: &Path) -> Result<(), EngineError> {
         .recursive(true)
         .mode(0o700)
         .create(directory)
-        .map_err(|error| EngineError::io(format!("create {}", directory.display()), error))?;
+        .map_err(|error| match error.kind() {
+            // Clients hear of a full disk, and not where on the host it lies.
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                EngineError::io("create a directory", error)
+            }
+            _ => EngineError::io(format!("create {}", directory.display()), error),
+        })?;
     let metadata = std::fs::symlink_metadata(directory)
         .map_err(|error| EngineError::io(format!("inspect {}", directory.display()), error))?;
     let ours = metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw();

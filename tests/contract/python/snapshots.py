@@ -137,8 +137,16 @@ def back_in_place():
     assert shell(origin.id, "cat /root/note") == "before"
     later = goes_on(origin.id, captured_at)
 
-    # Also from standby, and to each of the other states.
+    # Also from standby, where it can be captured without being woken, and to each of the other states.
     client.instances.standby(origin.id)
+    with refused(409, "conflict"):
+        once(lambda c: c.instances.snapshots.create, origin.id, kind="Stopped")
+    dreaming = client.instances.snapshots.create(origin.id, kind="Standby", name="dreaming")
+    assert client.instances.get(origin.id).state == "Standby"
+    dreamer = client.snapshots.fork(dreaming.id, name="python-dreamer")
+    goes_on(dreamer.id, later)
+    client.snapshots.delete(dreaming.id)
+    client.instances.delete(dreamer.id, graceful_shutdown=False)
     asleep = client.instances.snapshots.restore(baseline.id, id="python-origin", target_state="Standby")
     assert asleep.state == "Standby", asleep
     client.instances.restore(origin.id)
