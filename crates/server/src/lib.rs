@@ -16,6 +16,7 @@ mod convert;
 mod error;
 mod extract;
 mod handlers;
+mod linger;
 mod middleware;
 pub mod openapi;
 mod registry;

@@ -17,6 +17,7 @@ use crate::error::ApiError;
 use crate::handlers::{
     copy, events, exec, images, instances, logs, resources, schedules, service, snapshots, standby, verify,
 };
+use crate::linger::linger;
 use crate::middleware::{Access, Guard, envelope, guard};
 use crate::registry;
 use crate::state::AppState;
@@ -165,6 +166,7 @@ pub fn router(state: &AppState) -> Router {
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(axum::middleware::from_fn(envelope))
+        .layer(axum::middleware::from_fn(linger))
         .with_state(state.clone())
 }
 

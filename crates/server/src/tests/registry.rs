@@ -161,6 +161,39 @@ async fn an_image_is_named_after_the_address_that_was_pushed_to_and_no_other_reg
 }
 
 #[tokio::test]
+async fn a_refusal_reaches_a_client_that_still_sends() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let server = Server::start().await;
+    let body = vec![0; 32 << 20];
+    let head = |token: &str| {
+        format!(
+            "POST /v2/a/blobs/uploads/?digest=sha256:{:064} HTTP/1.1\r\nHost: {}\r\n\
+             Authorization: Bearer {token}\r\nContent-Length: {}\r\n\r\n",
+            0,
+            server.address,
+            body.len()
+        )
+    };
+    let mut connection = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    // Sends everything before it looks for an answer, and then goes on with the same connection.
+    for (token, status) in [
+        ("nonsense".to_owned(), "401"),
+        (token(Some(&[Scope::ImageRead])), "403"),
+    ] {
+        connection.write_all(head(&token).as_bytes()).await.unwrap();
+        connection.write_all(&body).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"]}") {
+            assert!(connection.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    drop(connection);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn limited_tokens_keep_to_their_scopes() {
     let server = Server::start().await;
     let reader = Client {
