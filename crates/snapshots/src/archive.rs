@@ -11,6 +11,7 @@
 //!         Memory, ascending        mask of pages u64, then those pages; offset is the chunk's; other pages are zero
 //!         DiskLength               u64, bytes of the disk
 //!         Disk, ascending          one block of the disk; offset is its place; other blocks are zero
+//!         RootLength, Root         the same for the root disk
 //!         End                      the number of blocks before it; nothing follows
 //! ```
 //! The digest of a block covers the digest of the block before it (the file's head for the first), its own head and its
@@ -41,16 +42,20 @@ pub(crate) enum BlockKind {
     Memory,
     DiskLength,
     Disk,
+    RootLength,
+    Root,
     End,
 }
 
-const KINDS: [BlockKind; 7] = [
+const KINDS: [BlockKind; 9] = [
     BlockKind::Manifest,
     BlockKind::Description,
     BlockKind::Devices,
     BlockKind::Memory,
     BlockKind::DiskLength,
     BlockKind::Disk,
+    BlockKind::RootLength,
+    BlockKind::Root,
     BlockKind::End,
 ];
 

@@ -30,6 +30,8 @@ pub struct Export<'a> {
     pub device_state: Option<&'a Path>,
     /// The writable disk and its digest, if the manifest names one.
     pub disk: Option<(&'a Path, &'a DiskDigest)>,
+    /// The root disk and its digest, if the manifest names one.
+    pub root_disk: Option<(&'a Path, &'a DiskDigest)>,
 }
 
 /// Writes a snapshot; returns the bytes that were written. What went out before an error is of no use to anybody: a
@@ -52,6 +54,7 @@ pub fn export(
         description,
         device_state,
         disk,
+        root_disk,
     } = *parts;
     let manifest_bytes = manifest.seal()?;
     if description.len() > LARGEST {
@@ -59,7 +62,8 @@ pub fn export(
             "a description has at most {LARGEST} bytes"
         )));
     }
-    if manifest.disk != disk.map(|(_, digest)| digest.seal()) {
+    let seal = |disk: Option<(_, &DiskDigest)>| disk.map(|(_, digest)| digest.seal());
+    if manifest.disk != seal(disk) || manifest.root_disk != seal(root_disk) {
         return Err(Error::Damaged {
             part: Part::DiskDigest,
             reason: "it is not the one that the manifest names",
@@ -81,19 +85,17 @@ pub fn export(
     }
     let devices = read_devices(manifest, device_state)?;
     let chunks = chain.as_ref().map(Chain::chunks).unwrap_or_default();
-    let opened = disk.map(|(path, digest)| Ok((File::open(path).map_err(at("open", path))?, path, digest)));
-    let opened = opened.transpose()?;
-    let blocks = match &opened {
-        Some((file, path, digest)) => disk_blocks(file, path, digest)?,
-        None => Vec::new(),
-    };
+    let disk = disk.map(Opened::open).transpose()?;
+    let root_disk = root_disk.map(Opened::open).transpose()?;
+    let blocks = |disk: &Option<Opened<'_>>| disk.as_ref().map_or(0, |disk| disk.blocks.len());
+    let blocks = blocks(&disk) + blocks(&root_disk);
 
     let mut job = Job {
         writer: Writer::begin(output).map_err(Error::Stream)?,
         cancel,
         progress,
         done: 0,
-        total: chunks.len() as u64 * CHUNK_BYTES as u64 + blocks.len() as u64 * BLOCK as u64,
+        total: chunks.len() as u64 * CHUNK_BYTES as u64 + blocks as u64 * BLOCK as u64,
     };
     job.writer
         .plain(BlockKind::Manifest, 0, &manifest_bytes)
@@ -111,13 +113,15 @@ pub fn export(
             memory_block(chain, tools, chunk)
         })?;
     }
-    if let Some((file, path, digest)) = &opened {
+    for (disk, length, kind) in [
+        (&disk, BlockKind::DiskLength, BlockKind::Disk),
+        (&root_disk, BlockKind::RootLength, BlockKind::Root),
+    ] {
+        let Some(disk) = disk else { continue };
         job.writer
-            .plain(BlockKind::DiskLength, 0, &digest.length().to_le_bytes())
+            .plain(length, 0, &disk.digest.length().to_le_bytes())
             .map_err(Error::Stream)?;
-        job.run(&blocks, BLOCK, |tools, block| {
-            disk_block(file, path, digest, tools, block)
-        })?;
+        job.run(&disk.blocks, BLOCK, |tools, block| disk.block(kind, tools, block))?;
     }
     job.writer.end().map_err(Error::Stream)
 }
@@ -141,20 +145,54 @@ fn read_devices(manifest: &Manifest, path: Option<&Path>) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The blocks that hold anything, or should.
-fn disk_blocks(file: &File, path: &Path, digest: &DiskDigest) -> Result<Vec<u64>> {
-    if file.metadata().map_err(at("inspect", path))?.len() != digest.length() {
-        let part = Part::Disk(0..digest.length());
-        return Err(Error::Damaged {
-            part,
-            reason: "the file has another length",
-        });
+/// A disk on its way out.
+struct Opened<'a> {
+    file: File,
+    path: &'a Path,
+    digest: &'a DiskDigest,
+    /// Those that hold anything, or should.
+    blocks: Vec<u64>,
+}
+
+impl<'a> Opened<'a> {
+    fn open((path, digest): (&'a Path, &'a DiskDigest)) -> Result<Self> {
+        let file = File::open(path).map_err(at("open", path))?;
+        if file.metadata().map_err(at("inspect", path))?.len() != digest.length() {
+            let part = Part::Disk(0..digest.length());
+            return Err(Error::Damaged {
+                part,
+                reason: "the file has another length",
+            });
+        }
+        let mut blocks = disk::blocks_with_data(&file).map_err(at("read", path))?;
+        blocks.extend(digest.numbers());
+        blocks.sort_unstable();
+        blocks.dedup();
+        Ok(Self {
+            file,
+            path,
+            digest,
+            blocks,
+        })
     }
-    let mut blocks = disk::blocks_with_data(file).map_err(at("read", path))?;
-    blocks.extend(digest.numbers());
-    blocks.sort_unstable();
-    blocks.dedup();
-    Ok(blocks)
+
+    fn block(&self, kind: BlockKind, tools: &mut Tools, number: u64) -> Result<Option<Encoded>> {
+        let range = disk::range_of(number, self.digest.length());
+        let block = &mut tools.buffer[..(range.end - range.start) as usize];
+        self.file
+            .read_exact_at(block, range.start)
+            .map_err(at("read", self.path))?;
+        if !disk::intact(self.digest, number, block) {
+            return Err(Error::Damaged {
+                part: Part::Disk(range),
+                reason: "it differs from what was captured",
+            });
+        }
+        if self.digest.block(number).is_none() {
+            return Ok(None);
+        }
+        encode(&mut tools.encoder, kind, range.start, block).map(Some)
+    }
 }
 
 /// Buffers of one thread.
@@ -237,28 +275,6 @@ fn memory_block(chain: &Chain, tools: &mut Tools, chunk: u32) -> Result<Option<E
     packed.extend_from_slice(&nonzero.to_le_bytes());
     runs(nonzero).for_each(|run| packed.extend_from_slice(&buffer[bytes(&run)]));
     encode(encoder, BlockKind::Memory, chunk_offset(chunk), packed).map(Some)
-}
-
-fn disk_block(
-    file: &File,
-    path: &Path,
-    digest: &DiskDigest,
-    tools: &mut Tools,
-    number: u64,
-) -> Result<Option<Encoded>> {
-    let range = disk::range_of(number, digest.length());
-    let block = &mut tools.buffer[..(range.end - range.start) as usize];
-    file.read_exact_at(block, range.start).map_err(at("read", path))?;
-    if !disk::intact(digest, number, block) {
-        return Err(Error::Damaged {
-            part: Part::Disk(range),
-            reason: "it differs from what was captured",
-        });
-    }
-    if digest.block(number).is_none() {
-        return Ok(None);
-    }
-    encode(&mut tools.encoder, BlockKind::Disk, range.start, block).map(Some)
 }
 
 fn encode(encoder: &mut Encoder, kind: BlockKind, offset: u64, content: &[u8]) -> Result<Encoded> {

@@ -25,6 +25,8 @@ pub struct Bounds {
     pub memory: u64,
     /// Length of the disk, holes included.
     pub disk: u64,
+    /// Length of the root disk, holes included.
+    pub root_disk: u64,
     /// State of the devices.
     pub device_state: u64,
     /// The description.
@@ -41,11 +43,14 @@ pub struct Imported {
     pub device_state: Option<PathBuf>,
     /// The disk and its digest, if there is one.
     pub disk: Option<(PathBuf, DiskDigest)>,
+    /// The root disk and its digest, if there is one.
+    pub root_disk: Option<(PathBuf, DiskDigest)>,
     /// The memory, if there is any: see [`Captured::hold`].
     pub memory: Option<Captured>,
 }
 
-/// Imports a snapshot: its memory as image `id`, its files as `device-state` and `disk.raw` into an existing directory.
+/// Imports a snapshot: its memory as image `id`, its files as `device-state`, `disk.raw` and `root-disk.raw` into an
+/// existing directory. `progress` is told the bytes of the stream that were read, after each block.
 ///
 /// # Errors
 /// [`Error::Damaged`] and [`Error::Version`] for a stream that is not a whole, unchanged snapshot,
@@ -85,6 +90,7 @@ pub fn import(
             .map(|_| Devices::create(directory, &mut leftovers))
             .transpose()?,
         disk: None,
+        root_disk: None,
         description: None,
     };
     loop {
@@ -97,8 +103,14 @@ pub fn import(
         let taken = match block.kind {
             BlockKind::End => break,
             BlockKind::DiskLength if manifest.disk.is_some() && parts.disk.is_none() => {
-                parts.disk = Disk::create(directory, &mut leftovers, content, bounds)?;
+                let path = directory.join("disk.raw");
+                parts.disk = Disk::create(path, &mut leftovers, content, "disk", bounds.disk)?;
                 parts.disk.is_some()
+            }
+            BlockKind::RootLength if manifest.root_disk.is_some() && parts.root_disk.is_none() => {
+                let path = directory.join("root-disk.raw");
+                parts.root_disk = Disk::create(path, &mut leftovers, content, "root disk", bounds.root_disk)?;
+                parts.root_disk.is_some()
             }
             _ => parts.take(block, content, bounds)?,
         };
@@ -111,6 +123,7 @@ pub fn import(
         memory,
         devices,
         disk,
+        root_disk,
         description,
     } = parts;
     let description = description.ok_or_else(missing)?;
@@ -118,10 +131,12 @@ pub fn import(
         (Some(devices), Some(expected)) => Some(devices.finish(expected)?),
         _ => None,
     };
-    let disk = match &manifest.disk {
-        Some(expected) => Some(disk.ok_or_else(missing)?.finish(expected)?),
-        None => None,
+    let finish = |disk: Option<Disk>, expected: &Option<Hash>| match expected {
+        Some(expected) => disk.ok_or_else(missing)?.finish(expected).map(Some),
+        None => Ok(None),
     };
+    let disk = finish(disk, &manifest.disk)?;
+    let root_disk = finish(root_disk, &manifest.root_disk)?;
     store.shared.step("import.files");
     let mut manifest = Manifest {
         parent: None,
@@ -145,6 +160,7 @@ pub fn import(
         description,
         device_state,
         disk,
+        root_disk,
         memory,
     })
 }
@@ -191,6 +207,7 @@ struct Parts<'a> {
     memory: Option<Memory<'a>>,
     devices: Option<Devices>,
     disk: Option<Disk>,
+    root_disk: Option<Disk>,
     description: Option<Vec<u8>>,
 }
 
@@ -228,7 +245,14 @@ impl Parts<'_> {
                     memory: Some(memory), ..
                 },
             ) => memory.take(block.offset, content),
-            (BlockKind::Disk, Self { disk: Some(disk), .. }) => disk.take(block.offset, content),
+            (BlockKind::Disk, Self { disk: Some(disk), .. })
+            | (
+                BlockKind::Root,
+                Self {
+                    root_disk: Some(disk),
+                    ..
+                },
+            ) => disk.take(block.offset, content),
             _ => Ok(false),
         }
     }
@@ -343,18 +367,19 @@ struct Disk {
 impl Disk {
     /// Takes the length of the disk, which comes before its content.
     fn create(
-        directory: &Path,
+        path: PathBuf,
         leftovers: &mut Leftovers,
         length: &[u8],
-        bounds: &Bounds,
+        what: &str,
+        bound: u64,
     ) -> Result<Option<Self>> {
         let Ok(length) = length.try_into().map(u64::from_le_bytes) else {
             return Ok(None);
         };
-        if length > bounds.disk.min(MAX_DISK) {
-            return Err(too_large("disk", length, bounds.disk.min(MAX_DISK)));
+        let bound = bound.min(MAX_DISK);
+        if length > bound {
+            return Err(too_large(what, length, bound));
         }
-        let path = directory.join("disk.raw");
         let file = leftovers.create(&path)?;
         file.set_len(length).map_err(at("extend", &path))?;
         Ok(Some(Self {

@@ -112,6 +112,9 @@ pub struct Manifest {
     /// The seal of the digest of the writable disk.
     #[serde(with = "hexadecimal::option")]
     pub disk: Option<Hash>,
+    /// The seal of the digest of the root disk that lies below the writable one.
+    #[serde(with = "hexadecimal::option")]
+    pub root_disk: Option<Hash>,
     /// The snapshot that the guest descends from, for people.
     pub parent: Option<String>,
 }
@@ -345,6 +348,7 @@ mod tests {
             }),
             device_state: Some(Blob::of(b"devices")),
             disk: Some(blake3::hash(b"disk")),
+            root_disk: None,
             parent: None,
         }
     }

@@ -63,7 +63,9 @@ const DEVICE_STATE: u32 = 2;
 const MEMORY: u32 = 3;
 const DISK_LENGTH: u32 = 4;
 const DISK_BLOCK: u32 = 5;
-const END: u32 = 6;
+const ROOT_LENGTH: u32 = 6;
+const ROOT_BLOCK: u32 = 7;
+const END: u32 = 8;
 
 /// Pages behind a mask.
 fn memory(mask: u64, pages: usize) -> Vec<u8> {
@@ -80,7 +82,7 @@ fn well_formed_lies_are_refused() {
     let lies: Vec<(&str, Vec<Forged>)> = vec![
         ("no manifest", vec![description(), end(1)]),
         ("two descriptions", vec![description(), description()]),
-        ("an unknown kind", vec![plain(7, 0, Vec::new())]),
+        ("an unknown kind", vec![plain(9, 0, Vec::new())]),
         (
             "an unknown encoding",
             vec![Forged {
@@ -172,6 +174,21 @@ fn well_formed_lies_are_refused() {
         (
             "another disk",
             vec![plain(DISK_LENGTH, 0, DISK.to_le_bytes().to_vec())],
+        ),
+        (
+            "a root disk without a length",
+            vec![plain(ROOT_BLOCK, 0, vec![1; 4096])],
+        ),
+        (
+            "an endless root disk",
+            vec![plain(ROOT_LENGTH, 0, u64::MAX.to_le_bytes().to_vec())],
+        ),
+        (
+            "a disk after the root disk",
+            vec![
+                plain(ROOT_LENGTH, 0, 8192_u64.to_le_bytes().to_vec()),
+                plain(DISK_LENGTH, 0, DISK.to_le_bytes().to_vec()),
+            ],
         ),
         (
             "memory after the disk",

@@ -137,6 +137,7 @@ fn an_import_that_does_not_fit_leaves_nothing() {
         }),
         device_state: Some(Blob::of(&[9; 300_000])),
         disk: None,
+        root_disk: None,
         parent: None,
     };
     let devices = place.root().join("devices");
@@ -146,6 +147,7 @@ fn an_import_that_does_not_fit_leaves_nothing() {
         description: b"",
         device_state: Some(&devices),
         disk: None,
+        root_disk: None,
     };
     let never = AtomicBool::new(false);
     let mut file = Vec::new();
@@ -157,6 +159,7 @@ fn an_import_that_does_not_fit_leaves_nothing() {
     let bounds = Bounds {
         memory: 1 << 20,
         disk: 0,
+        root_disk: 0,
         device_state: 1 << 20,
         description: 0,
     };

@@ -32,6 +32,11 @@ fn a_snapshot_arrives_as_it_left() {
         "holes stay holes"
     );
 
+    let (root_disk, digest) = imported.root_disk.unwrap();
+    assert_eq!(digest, snapshot.root_digest);
+    let sent = snapshot.files.path().join("root");
+    assert_eq!(std::fs::read(root_disk).unwrap(), std::fs::read(sent).unwrap());
+
     let memory = imported.memory.unwrap();
     assert_eq!((memory.depth, memory.parent), (1, None));
     let part = imported.manifest.memory.unwrap();
@@ -68,7 +73,7 @@ fn a_stopped_snapshot_travels_without_memory() {
     let arrival = Arrival::new();
     let imported = arrival.import(&snapshot.export().unwrap()).unwrap();
     assert!(imported.memory.is_none() && imported.device_state.is_none());
-    assert_eq!(names(arrival.files.path()), ["disk.raw"]);
+    assert_eq!(names(arrival.files.path()), ["disk.raw", "root-disk.raw"]);
     assert_eq!(arrival.place.names(), Vec::<String>::new());
 }
 
@@ -116,6 +121,13 @@ fn bounds_are_kept() {
         ),
         (
             Bounds {
+                root_disk: 4096,
+                ..BOUNDS
+            },
+            "of root disk",
+        ),
+        (
+            Bounds {
                 device_state: 3,
                 ..BOUNDS
             },
@@ -149,6 +161,7 @@ fn what_was_damaged_since_is_not_exported() {
         snapshot.place.file(id, "memory.raw"),
         snapshot.files.path().join("devices"),
         snapshot.files.path().join("overlay"),
+        snapshot.files.path().join("root"),
     ] {
         let at = if path.ends_with("devices") { 0 } else { 4096 };
         support::flip(&path, at);
@@ -166,6 +179,7 @@ fn both_ways_can_be_cancelled() {
         description: b"",
         device_state: Some(&snapshot.files.path().join("devices")),
         disk: Some((&snapshot.files.path().join("overlay"), &snapshot.digest)),
+        root_disk: Some((&snapshot.files.path().join("root"), &snapshot.root_digest)),
     };
     let cancelled = export(
         &snapshot.place.store,

@@ -16,6 +16,7 @@ pub const DEVICES: &[u8] = b"registers and queues";
 pub const BOUNDS: Bounds = Bounds {
     memory: 1 << 20,
     disk: 4 << 20,
+    root_disk: 2 << 20,
     device_state: 1 << 20,
     description: 1000,
 };
@@ -28,6 +29,7 @@ pub struct Snapshot {
     pub guest: Guest,
     pub manifest: Manifest,
     pub digest: DiskDigest,
+    pub root_digest: DiskDigest,
 }
 
 impl Snapshot {
@@ -47,6 +49,9 @@ impl Snapshot {
         overlay.write_all_at(&page(44), 1 << 20).unwrap();
         overlay.write_all_at(b"last", DISK - 4).unwrap();
         let digest = disk::seal(&files.path().join("overlay"), &NEVER).unwrap();
+        let root_disk = files.path().join("root");
+        std::fs::write(&root_disk, [page(150), page(151)].concat()).unwrap();
+        let root_digest = disk::seal(&root_disk, &NEVER).unwrap();
         let manifest = Manifest {
             kind: SnapshotKind::Standby,
             vmm: Vmm {
@@ -66,6 +71,7 @@ impl Snapshot {
             }),
             device_state: Some(Blob::of(DEVICES)),
             disk: Some(digest.seal()),
+            root_disk: Some(root_digest.seal()),
             parent: Some("snapshot-7".into()),
         };
         Self {
@@ -74,6 +80,7 @@ impl Snapshot {
             guest,
             manifest,
             digest,
+            root_digest,
         }
     }
 
@@ -86,15 +93,14 @@ impl Snapshot {
     }
 
     pub fn export(&self) -> Result<Vec<u8>> {
-        let (devices, overlay) = (
-            self.files.path().join("devices"),
-            self.files.path().join("overlay"),
-        );
+        let file = |name| self.files.path().join(name);
+        let (devices, overlay, root_disk) = (file("devices"), file("overlay"), file("root"));
         let parts = Export {
             manifest: &self.manifest,
             description: b"a counter",
             device_state: Some(&devices),
             disk: Some((&overlay, &self.digest)),
+            root_disk: Some((&root_disk, &self.root_digest)),
         };
         let mut file = Vec::new();
         let length = export(&self.place.store, &parts, &mut file, &NEVER, &|done, total| {
