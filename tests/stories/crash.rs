@@ -12,12 +12,13 @@ use hypeman_tests::{
 };
 use serde_json::{Value, json};
 
-const GROUPS: [&str; 18] = [
+const GROUPS: [&str; 19] = [
     "standby.",
     "restore.",
     "capture.",
     "snapshot.delete.",
     "snapshot.",
+    "import.",
     "rewind.",
     "fork.",
     "memory.sweep.",

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Guest, Server, eventually, have, skip_unless};
+use hypeman_tests::{Guest, Server, encode, eventually, have, skip_unless};
 use serde_json::{Value, json};
 
 use crate::crash::{cut, group, left_nothing, paths};
@@ -261,6 +261,63 @@ async fn fork_is_cut_at_each_step() {
             .expect(201)
             .json();
         server.guest(forked["id"].as_str().unwrap()).delete().await;
+    }
+}
+
+#[tokio::test]
+async fn import_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({"name": "origin"})).await;
+    let counted = count(&guest).await;
+    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
+    let path = format!("/snapshots/{id}/export");
+    let file = server.client().get(&path).await.expect(200).body;
+    guest.delete().await;
+    delete_all(&server).await;
+    let image = format!(
+        "/images/{}",
+        encode(&format!("{}/stories/busybox:1", server.host()))
+    );
+    server.client().delete(&image).await.expect(204);
+    eventually("nothing of it is here", || async {
+        ["memory", "snapshots"].into_iter().all(|directory| {
+            let entries = std::fs::read_dir(server.data_directory().join(directory));
+            entries.unwrap().count() == 0
+        })
+    })
+    .await;
+    let before = paths(server.data_directory());
+    let memory = group("memory.").filter(|point| point.contains("capture"));
+    for point in group("import.").chain(memory).chain(["snapshot.committed"]) {
+        cut(&mut server, point, async |client| {
+            let request = client
+                .request(reqwest::Method::POST, "/snapshots/import")
+                .body(file.clone());
+            client.try_send(request).await;
+        })
+        .await;
+        let listed = snapshots(&server).await;
+        assert_eq!(
+            listed.len(),
+            usize::from(point == "snapshot.committed"),
+            "{point}"
+        );
+        if let [id] = listed.as_slice() {
+            all_verify(&server, point).await;
+            let path = format!("/snapshots/{id}/fork");
+            let forked = server
+                .client()
+                .post(&path, &json!({"name": "child"}))
+                .await
+                .expect(201)
+                .json();
+            let child = server.guest(forked["id"].as_str().unwrap());
+            goes_on(&server, &child, counted, point).await;
+            child.delete().await;
+        }
+        delete_all(&server).await;
+        nothing_left(&server, &before, point).await;
     }
 }
 

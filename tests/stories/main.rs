@@ -30,3 +30,4 @@ mod papers;
 mod registry;
 mod service;
 mod snapshots;
+mod snapshots_travel;

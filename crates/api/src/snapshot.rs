@@ -386,6 +386,20 @@ pub struct SnapshotSchedule {
     pub updated_at: Timestamp,
 }
 
+/// Of `POST /snapshots/import`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ImportSnapshotQuery {
+    /// Name of the new snapshot; the one in the file when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(
+        nullable = false,
+        pattern = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        max_length = 63
+    )]
+    pub name: Option<String>,
+}
+
 /// Of `GET /snapshots`. The `tags[key]=value` filter is read separately.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use reqwest::{Method, Response, Url};
+use reqwest::{Method, RequestBuilder, Response, Url};
 use serde::Serialize;
 
 use crate::document::Document;
@@ -150,6 +150,23 @@ impl Client {
         document(response).await
     }
 
+    /// `POST` of a stream of bytes, answered with a document. No deadline for the whole.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub async fn upload(
+        &self,
+        segments: &[&str],
+        query: &[(String, String)],
+        body: reqwest::Body,
+    ) -> Result<Document, CliError> {
+        let request = self
+            .request(&Method::POST, segments, query)?
+            .header(reqwest::header::CONTENT_TYPE, "application/octet-stream")
+            .body(body);
+        document(self.answer(request, segments).await?).await
+    }
+
     /// `DELETE`.
     ///
     /// # Errors
@@ -168,14 +185,7 @@ impl Client {
         body: Option<&B>,
         limit: Option<Duration>,
     ) -> Result<Response, CliError> {
-        let mut url = self.url(segments)?;
-        if !query.is_empty() {
-            url.query_pairs_mut().extend_pairs(query);
-        }
-        let mut request = self.http()?.request(method.clone(), url.clone());
-        if let Some(key) = &self.settings.api_key {
-            request = request.bearer_auth(key);
-        }
+        let mut request = self.request(&method, segments, query)?;
         request = match limit {
             Some(limit) => request.timeout(limit),
             // What has no deadline is a stream.
@@ -184,8 +194,31 @@ impl Client {
         if let Some(body) = body {
             request = request.json(body);
         }
+        self.answer(request, segments).await
+    }
+
+    fn request(
+        &self,
+        method: &Method,
+        segments: &[&str],
+        query: &[(String, String)],
+    ) -> Result<RequestBuilder, CliError> {
+        let mut url = self.url(segments)?;
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        let request = self.http()?.request(method.clone(), url);
+        Ok(match &self.settings.api_key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        })
+    }
+
+    async fn answer(&self, request: RequestBuilder, segments: &[&str]) -> Result<Response, CliError> {
+        let request = request.build().map_err(|failure| self.transport(&failure))?;
+        let (method, url) = (request.method().clone(), request.url().clone());
         let started = Instant::now();
-        let answer = request.send().await;
+        let answer = self.http()?.execute(request).await;
         if self.debug {
             let outcome = match &answer {
                 Ok(response) => response.status().to_string(),

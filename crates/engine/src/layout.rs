@@ -5,7 +5,7 @@
 //!    lock                         held by the one server
 //!    metadata.db                  what exists and what was intended
 //!    blobs/                       OCI blobs by digest, upload sessions
-//!    images/<hex>/rootfs.erofs    root disks by manifest digest
+//!    images/<hex>/rootfs.erofs    root disks by manifest digest, or by their own where a snapshot brought them
 //!    images/.work/                conversions under way; emptied at start
 //!    instances/<id>/overlay.raw   writable layer      logs/{app,vmm,hypeman}.log[.N]
 //!    instances/<id>/standby-*/    device state and manifest of an instance in standby

@@ -45,6 +45,6 @@ pub use options::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptio
 pub use resources::{DiskUse, ResourceReport, Usage};
 pub use snapshots::{
     Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot,
-    RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter, SnapshotKind, SnapshotPolicy,
-    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
+    RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotExport, SnapshotFilter, SnapshotKind,
+    SnapshotPolicy, SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
 };

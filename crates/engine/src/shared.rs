@@ -22,6 +22,9 @@ use crate::snapshots::leases::Leases;
 use crate::snapshots::vault::Vault;
 use crate::{EngineError, EngineOptions};
 
+/// See [`Shared::transfers`].
+const TRANSFERS: usize = 16;
+
 /// What all parts of the engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -45,6 +48,8 @@ pub(crate) struct Shared {
     /// VMMs that may start at the same time: more would only take the processors from each other, and all of
     /// them would be late.
     pub(crate) launches: Semaphore,
+    /// Exports and imports at the same time: each has a thread that waits for a client.
+    pub(crate) transfers: Semaphore,
     _lock: DirectoryLock,
 }
 
@@ -91,6 +96,7 @@ impl Shared {
             network: OnceCell::new(),
             addresses: Mutex::default(),
             launches: Semaphore::new(concurrent_launches()),
+            transfers: Semaphore::new(TRANSFERS),
             _lock: lock,
         }))
     }

@@ -7,7 +7,8 @@ use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
-use futures::StreamExt as _;
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 
@@ -101,6 +102,20 @@ pub async fn read_body(body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
             }
         }
     }
+}
+
+/// A body as it comes, ended with an error when the client stalls. It may be asked again after its end.
+pub fn streamed(body: Body) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send {
+    let pieces = futures::stream::unfold(Some(body.into_data_stream()), |state| async {
+        let mut stream = state?;
+        match tokio::time::timeout(BODY_STALL, stream.next()).await {
+            Ok(None) => None,
+            Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(stream))),
+            Ok(Some(Err(error))) => Some((Err(std::io::Error::other(error)), None)),
+            Err(_) => Some((Err(std::io::Error::other("the client stalled")), None)),
+        }
+    });
+    pieces.fuse()
 }
 
 /// Query parameters.

@@ -10,7 +10,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{Components, ContentBuilder, HttpMethod, Ref, RefOr, ResponseBuilder};
 
 use crate::handlers::{
-    events, images, instances, logs, resources, schedules, service, snapshots, standby, verify,
+    events, images, instances, logs, resources, schedules, service, snapshots, standby, travel, verify,
 };
 use crate::middleware::Access;
 use crate::routes::{Route, table};
@@ -30,7 +30,8 @@ use crate::routes::{Route, table};
         instances::start, instances::stop, instances::wait, instances::stats, instances::stat,
         standby::standby, standby::restore, standby::fork, logs::logs,
         snapshots::create, snapshots::restore, snapshots::list, snapshots::get, snapshots::delete,
-        snapshots::fork, snapshots::usage, verify::verify, schedules::get, schedules::set, schedules::delete,
+        snapshots::fork, snapshots::usage, verify::verify,
+        travel::export, travel::import, schedules::get, schedules::set, schedules::delete,
     ),
     components(schemas(hypeman_api::ErrorBody, hypeman_api::query::LogSource)),
     tags(

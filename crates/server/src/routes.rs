@@ -15,7 +15,8 @@ use crate::auth::Scope::{
 };
 use crate::error::ApiError;
 use crate::handlers::{
-    copy, events, exec, images, instances, logs, resources, schedules, service, snapshots, standby, verify,
+    copy, events, exec, images, instances, logs, resources, schedules, service, snapshots, standby, travel,
+    verify,
 };
 use crate::linger::linger;
 use crate::middleware::{Access, Guard, envelope, guard};
@@ -133,10 +134,12 @@ pub fn table() -> Vec<Route> {
         route(Method::PUT, "/instances/{id}/snapshot-schedule", Scoped(SnapshotWrite), QUICK, schedules::set),
         route(Method::DELETE, "/instances/{id}/snapshot-schedule", Scoped(SnapshotDelete), QUICK, schedules::delete),
         route(Method::GET, "/snapshots", Scoped(SnapshotRead), QUICK, snapshots::list),
+        route(Method::POST, "/snapshots/import", Scoped(SnapshotWrite), OWN, travel::import),
         route(Method::GET, "/snapshots/{id}", Scoped(SnapshotRead), QUICK, snapshots::get),
         route(Method::DELETE, "/snapshots/{id}", Scoped(SnapshotDelete), SLOW, snapshots::delete),
         route(Method::POST, "/snapshots/{id}/fork", Scoped(SnapshotWrite), SLOW, snapshots::fork),
         route(Method::POST, "/snapshots/{id}/verify", Scoped(SnapshotWrite), OWN, verify::verify),
+        route(Method::GET, "/snapshots/{id}/export", Scoped(SnapshotWrite), OWN, travel::export),
         route(Method::GET, "/snapshots/{id}/usage", Scoped(SnapshotRead), SLOW, snapshots::usage),
 
         Route::registry("/v2"),

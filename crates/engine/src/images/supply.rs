@@ -123,9 +123,7 @@ impl Catalog {
         {
             return Ok(());
         }
-        let disk = rustix::fs::statvfs(self.layout.root())
-            .map_err(|error| EngineError::io("inspect the data disk", error.into()))?;
-        let (free, whole) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+        let (free, _) = self.data_disk()?;
         if free < self.limits.min_free_disk.saturating_add(layer_bytes) {
             return Err(EngineError::InsufficientResources(format!(
                 "the data disk has {} MiB free; pulling this image needs {} MiB plus a reserve of {} MiB",
@@ -134,6 +132,12 @@ impl Catalog {
                 self.limits.min_free_disk >> 20
             )));
         }
+        self.check_budget(layer_bytes)
+    }
+
+    /// Refuses more root disks than this server may hold.
+    pub(super) fn check_budget(&self, more_bytes: u64) -> Result<(), EngineError> {
+        let (_, whole) = self.data_disk()?;
         let held = self.root_disk_bytes();
         #[allow(
             clippy::cast_precision_loss,
@@ -141,7 +145,7 @@ impl Catalog {
             clippy::cast_sign_loss
         )]
         let budget = (whole as f64 * self.limits.max_image_storage) as u64;
-        if held.saturating_add(layer_bytes) > budget {
+        if held.saturating_add(more_bytes) > budget {
             return Err(EngineError::InsufficientResources(format!(
                 "images take {} MiB of a budget of {} MiB; delete unused ones or raise limits.max_image_storage",
                 held >> 20,
@@ -149,5 +153,25 @@ impl Catalog {
             )));
         }
         Ok(())
+    }
+
+    /// Free and all bytes of the disk that holds the data directory.
+    fn data_disk(&self) -> Result<(u64, u64), EngineError> {
+        let disk = rustix::fs::statvfs(self.layout.root())
+            .map_err(|error| EngineError::io("inspect the data disk", error.into()))?;
+        Ok((disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize))
+    }
+
+    /// Refuses to go on writing into the reserve of the data disk.
+    pub(crate) fn check_reserve(&self) -> Result<(), EngineError> {
+        let (free, _) = self.data_disk()?;
+        if free >= self.limits.min_free_disk {
+            return Ok(());
+        }
+        Err(EngineError::InsufficientResources(format!(
+            "no space: the data disk has {} MiB free and keeps a reserve of {} MiB; delete something first",
+            free >> 20,
+            self.limits.min_free_disk >> 20
+        )))
     }
 }

@@ -14,6 +14,7 @@ use super::disks::MIN_OVERLAY_BYTES;
 use super::driver::{self, Operation, Request};
 use super::model::{CreateInstance, Instance, InstanceRecord, NetworkRecord, NetworkRequest};
 use crate::events::EventKind;
+use crate::options::Limits;
 use crate::shared::Shared;
 use crate::{EngineError, faults};
 
@@ -29,7 +30,13 @@ pub(crate) async fn create(
     shared: &Arc<Shared>,
     request: CreateInstance,
 ) -> Result<Arc<Instance>, EngineError> {
-    check_limits(shared, &request)?;
+    check_size(
+        &shared.options.limits,
+        request.vcpus,
+        request.memory_bytes,
+        request.hotplug_bytes,
+        request.overlay_bytes,
+    )?;
     let hypervisor = request.hypervisor.unwrap_or(shared.options.default_hypervisor);
     check_hypervisor(shared, hypervisor, &request).await?;
     if shared.table.has_name(&request.name) {
@@ -146,17 +153,26 @@ pub(super) async fn uncommit(shared: &Arc<Shared>, record: &InstanceRecord) -> R
     Ok(removed.await?)
 }
 
-fn check_limits(shared: &Shared, request: &CreateInstance) -> Result<(), EngineError> {
-    let limits = &shared.options.limits;
+/// Holds an instance to the limits of this server.
+///
+/// # Errors
+/// 400 with the code of what is too much or too little.
+pub(crate) fn check_size(
+    limits: &Limits,
+    vcpus: u32,
+    memory_bytes: u64,
+    hotplug_bytes: u64,
+    overlay_bytes: u64,
+) -> Result<(), EngineError> {
     let refuse = |code, message: String| Err(EngineError::invalid(code, message));
-    if request.vcpus == 0 || request.vcpus > limits.max_vcpus_per_instance {
+    if vcpus == 0 || vcpus > limits.max_vcpus_per_instance {
         return refuse(
             "invalid_request",
             format!("vcpus must be 1 to {}", limits.max_vcpus_per_instance),
         );
     }
-    let memory = request.memory_bytes.saturating_add(request.hotplug_bytes);
-    if request.memory_bytes < MIN_MEMORY_BYTES || memory > limits.max_memory_per_instance {
+    let memory = memory_bytes.saturating_add(hotplug_bytes);
+    if memory_bytes < MIN_MEMORY_BYTES || memory > limits.max_memory_per_instance {
         return refuse(
             "invalid_size",
             format!(
@@ -166,7 +182,7 @@ fn check_limits(shared: &Shared, request: &CreateInstance) -> Result<(), EngineE
             ),
         );
     }
-    if request.overlay_bytes < MIN_OVERLAY_BYTES || request.overlay_bytes > limits.max_overlay_size {
+    if overlay_bytes < MIN_OVERLAY_BYTES || overlay_bytes > limits.max_overlay_size {
         return refuse(
             "invalid_overlay_size",
             format!(

@@ -19,7 +19,7 @@ mod shutdown;
 mod standby;
 mod table;
 
-pub(crate) use create::create;
+pub(crate) use create::{check_size, create};
 pub(crate) use driver::Request;
 pub(crate) use log_watch::LogWatcher;
 pub use logs::LogFollower;

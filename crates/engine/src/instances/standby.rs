@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Command, Observation, permit};
 use hypeman_guest_api::AgentKey;
+use hypeman_kernel::{BootArtifacts, KernelError};
 use hypeman_vmm::{Machine, MemoryBacking, Restore};
 use jiff::Timestamp;
 
@@ -26,6 +27,7 @@ use super::link::{Link, Welcome};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
+use crate::shared::Shared;
 use crate::snapshots::state::{self, Present};
 use crate::snapshots::vault::{Frozen, Hold};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, StandbyRequest};
@@ -203,7 +205,7 @@ impl Driver {
         let ((manifest, devices), identity, artifacts, memory) = tokio::try_join!(
             blocking(move || state::read(&directory, &digest)),
             async { Ok(vmm.state_identity().await?) },
-            shared.boot_artifacts(&self.record.boot_artifacts),
+            kept_kernel(&shared, &self.record.boot_artifacts),
             shared.vault.materialize(&standby.memory.image),
         )?;
         let present = Present {
@@ -340,6 +342,23 @@ impl Driver {
         self.log.line("restored");
         self.publish();
         Ok(())
+    }
+}
+
+/// The kernel that runs in captured memory: no other will do.
+async fn kept_kernel(shared: &Shared, id: &str) -> Result<BootArtifacts, EngineError> {
+    match shared.boot_artifacts(id).await {
+        // What was captured elsewhere may need the one that is not yet prepared here.
+        Err(EngineError::Kernel(KernelError::UnknownId(_))) => {}
+        artifacts => return artifacts,
+    }
+    match shared.current_artifacts().await {
+        Ok(current) if current.id == id => Ok(current),
+        _ => Err(EngineError::Incompatible(
+            "it was captured with a guest kernel that this host does not have; restore it on one that has it, or \
+             use a Stopped snapshot"
+                .to_owned(),
+        )),
     }
 }
 

@@ -4,11 +4,15 @@
 //!  service ──► a driver captures (instances::capture) ──► rows: a committed row makes it a snapshot
 //!          ──► a driver restores (instances::rewind) or a fork is made of it (instances::fork)
 //!  vault   ──► memory images: kept, laid out for machines, compressed behind their back, swept
+//!  export  ──► one file ──► import, here or on another server: described by papers
 //!  leases  ──► files are not removed from under a reader
 //! ```
 
+mod export;
+mod import;
 pub(crate) mod leases;
 mod model;
+mod papers;
 pub(crate) mod rows;
 pub(crate) mod schedules;
 mod service;
@@ -16,6 +20,7 @@ pub(crate) mod state;
 pub(crate) mod vault;
 mod verify;
 
+pub use export::SnapshotExport;
 pub use model::{
     Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot, MemoryRecord,
     RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter, SnapshotKind, SnapshotPolicy,

@@ -1,7 +1,10 @@
 //! The engine's calls about snapshots.
 
+use std::io;
 use std::sync::Arc;
 
+use bytes::Bytes;
+use futures::Stream;
 use hypeman_core::id::{Id, RANDOM_BYTES};
 use hypeman_core::instance::{Command, InstanceState};
 use hypeman_core::snapshot;
@@ -9,6 +12,7 @@ use hypeman_store::StoreError;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::export::SnapshotExport;
 use super::model::{
     CompressionChoice, ForkOutcome, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot,
     SnapshotFilter, SnapshotKind, SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest,
@@ -214,6 +218,34 @@ impl Engine {
         Ok(super::verify::start(self.shared(), record, lease))
     }
 
+    /// A snapshot as one file that another server can import. Returns with its first bytes; dropping it ends it.
+    ///
+    /// # Errors
+    /// No such id, or a part is damaged.
+    pub async fn export_snapshot(&self, id: &str) -> Result<SnapshotExport, EngineError> {
+        let (record, lease) = self.leased(id)?;
+        super::export::start(self.shared(), record, lease).await
+    }
+
+    /// Makes a snapshot of a file that [`Engine::export_snapshot`] wrote, here or elsewhere. `name` replaces the one
+    /// in it. A body that ends early, or with an error, leaves nothing.
+    ///
+    /// # Errors
+    /// The file is damaged or asks for more than this server allows or has room for, or the name is taken.
+    pub async fn import_snapshot(
+        &self,
+        name: Option<String>,
+        body: &mut (dyn Stream<Item = io::Result<Bytes>> + Send + Unpin),
+    ) -> Result<Snapshot, EngineError> {
+        let id = new_id()?;
+        let (sender, pieces) = super::import::pipe();
+        let shared = Arc::clone(self.shared());
+        let work = self.detached(async move { super::import::import(&shared, id, name, pieces).await });
+        // Whoever goes away takes the sender along, and the file is cut short.
+        let (imported, ()) = tokio::join!(work, super::import::feed(body, sender));
+        imported
+    }
+
     /// What a snapshot costs.
     ///
     /// # Errors
@@ -313,7 +345,7 @@ async fn fork_all(
 }
 
 /// Names a capture by a row: from here on it is a snapshot.
-async fn commit(shared: &Arc<Shared>, captured: Captured) -> Result<Snapshot, EngineError> {
+pub(super) async fn commit(shared: &Arc<Shared>, captured: Captured) -> Result<Snapshot, EngineError> {
     let Captured { record, hold } = captured;
     let (id, name) = (record.id.clone(), record.name.clone());
     let committed = super::rows::insert(shared, record.clone()).await;

@@ -23,9 +23,11 @@ use crate::durable::sync_directory;
 /// Raised with every change that an older server could not load.
 const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
-const DEVICES: &str = "devices.state";
+pub(crate) const DEVICES: &str = "devices.state";
 /// Far above what any machine writes: about 200 kB.
 const MAX_FILE: u64 = 64 << 20;
+/// The largest device state that is taken from elsewhere, bytes.
+pub(crate) const MAX_DEVICES: u64 = MAX_FILE / 2;
 
 /// What is said of a captured machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -41,7 +41,7 @@ scopes! {
     VolumeWrite = "volume:write": "Create, attach and detach volumes.",
     VolumeDelete = "volume:delete": "Delete volumes.",
     SnapshotRead = "snapshot:read": "See snapshots and their schedules.",
-    SnapshotWrite = "snapshot:write": "Take, restore, fork and schedule snapshots.",
+    SnapshotWrite = "snapshot:write": "Take, restore, fork, schedule, export and import snapshots.",
     SnapshotDelete = "snapshot:delete": "Delete snapshots and schedules.",
     BuildRead = "build:read": "See builds and builders.",
     BuildWrite = "build:write": "Start builds, create and prune builders.",

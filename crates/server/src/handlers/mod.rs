@@ -12,6 +12,7 @@ pub mod service;
 pub mod snapshots;
 pub mod socket;
 pub mod standby;
+pub mod travel;
 pub mod verify;
 
 use axum::body::Body;

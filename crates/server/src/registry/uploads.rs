@@ -5,8 +5,6 @@ use std::collections::BTreeMap;
 use axum::extract::Request;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::Response;
-use bytes::Bytes;
-use futures::{Stream, StreamExt as _};
 use hypeman_images::blobs::{ContentRange, UploadId};
 use hypeman_images::{Digest, ImageError};
 use percent_encoding::percent_decode_str;
@@ -14,7 +12,7 @@ use percent_encoding::percent_decode_str;
 use super::error::{RegistryFailure, RegistryResult, range};
 use super::{CONTENT_DIGEST, empty, path, set};
 use crate::auth::{RegistryAccess, RegistryGrant};
-use crate::extract::BODY_STALL;
+use crate::extract::streamed;
 use crate::state::AppState;
 
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
@@ -46,7 +44,7 @@ pub async fn start(
         state
             .engine
             .blobs()
-            .put_stream(body(request), &digest, length)
+            .put_stream(streamed(request.into_body()), &digest, length)
             .await?;
         return stored(state, &repository, &digest).await;
     }
@@ -73,7 +71,7 @@ pub async fn append(
     let outcome = state
         .engine
         .blobs()
-        .append_upload(&id, chunk_range, body(request))
+        .append_upload(&id, chunk_range, streamed(request.into_body()))
         .await;
     let offset =
         outcome.map_err(|error| of_upload(error).with(header::LOCATION, location(repository, &id)))?;
@@ -101,7 +99,7 @@ pub async fn finish(
         .is_some_and(|length| length == "0");
     if !empty_body {
         blobs
-            .append_upload(&id, chunk_range, body(request))
+            .append_upload(&id, chunk_range, streamed(request.into_body()))
             .await
             .map_err(of_upload)?;
     }
@@ -145,19 +143,6 @@ fn content_range(request: &Request) -> RegistryResult<Option<ContentRange>> {
         .parse()
         .map(Some)
         .map_err(|_| invalid())
-}
-
-/// The body as it comes, ended with an error when the client stalls.
-fn body(request: Request) -> impl Stream<Item = Result<Bytes, std::io::Error>> {
-    futures::stream::unfold(Some(request.into_body().into_data_stream()), |state| async {
-        let mut stream = state?;
-        match tokio::time::timeout(BODY_STALL, stream.next()).await {
-            Ok(None) => None,
-            Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(stream))),
-            Ok(Some(Err(error))) => Some((Err(std::io::Error::other(error)), None)),
-            Err(_) => Some((Err(std::io::Error::other("the client stalled")), None)),
-        }
-    })
 }
 
 fn query(text: Option<&str>) -> BTreeMap<String, String> {

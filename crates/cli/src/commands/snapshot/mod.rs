@@ -3,6 +3,7 @@
 mod create;
 mod list;
 mod schedule;
+mod travel;
 mod tree;
 mod verify;
 
@@ -52,6 +53,10 @@ pub enum SnapshotCommand {
     Verify(verify::VerifyArgs),
     /// Show what snapshots cost on disk
     Usage(UsageArgs),
+    /// Write a snapshot into one file that any server can import
+    Export(travel::ExportArgs),
+    /// Make a snapshot of a file that an export wrote
+    Import(travel::ImportArgs),
     /// Draw which snapshot descends from which
     Tree(tree::TreeArgs),
     /// Take snapshots of an instance again and again
@@ -136,6 +141,8 @@ pub(crate) async fn run(context: &Context, command: &SnapshotCommand) -> Result<
         SnapshotCommand::Fork(arguments) => create::fork(context, arguments).await,
         SnapshotCommand::Verify(arguments) => verify::run(context, arguments).await,
         SnapshotCommand::Usage(arguments) => usage(context, arguments).await,
+        SnapshotCommand::Export(arguments) => travel::export(context, arguments).await,
+        SnapshotCommand::Import(arguments) => travel::import(context, arguments).await,
         SnapshotCommand::Tree(arguments) => tree::run(context, arguments).await,
         SnapshotCommand::Schedule(command) => schedule::run(context, command).await,
     }
