@@ -254,6 +254,39 @@ pub fn seal(path: &Path, cancel: &AtomicBool) -> Result<DiskDigest> {
     })
 }
 
+/// Says what a disk holds, as [`DiskDigest::seal`], and remembers in `memo` that this was looked at: see [`check_seal`].
+///
+/// # Errors
+/// As [`seal`].
+pub fn seal_and_remember(path: &Path, memo: &Path, cancel: &AtomicBool) -> Result<Hash> {
+    let file = File::open(path).map_err(at("open", path))?;
+    let sealed = seal(path, cancel)?.seal();
+    memo::remember(memo, &file, &sealed);
+    Ok(sealed)
+}
+
+/// Compares a disk with the seal of its digest. With `memo`, as [`check`].
+///
+/// # Errors
+/// [`Error::Damaged`] naming the disk, [`Error::Cancelled`], and those of the file system.
+pub fn check_seal(path: &Path, expected: &Hash, memo: Option<&Path>, cancel: &AtomicBool) -> Result<()> {
+    let file = File::open(path).map_err(at("open", path))?;
+    if memo.is_some_and(|memo| memo::recalls(memo, &file, expected)) {
+        return Ok(());
+    }
+    let found = seal(path, cancel)?;
+    if found.seal() != *expected {
+        return Err(Error::Damaged {
+            part: Part::Disk(0..found.length),
+            reason: "it differs from what was captured",
+        });
+    }
+    if let Some(memo) = memo {
+        memo::remember(memo, &file, expected);
+    }
+    Ok(())
+}
+
 /// Compares a disk with its digest. With `memo`, the name of a small file for that purpose, a disk that was compared
 /// since the host booted and did not change since is not read again.
 ///
@@ -330,6 +363,36 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_seal_tells_each_bit_and_is_not_compared_twice() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, memo) = (directory.path().join("disk"), directory.path().join("memo"));
+        let write = |byte: u8| {
+            let file = File::create(&path).unwrap();
+            file.set_len(3 << 20).unwrap();
+            file.write_all_at(&[byte], 100_000).unwrap();
+        };
+        let never = AtomicBool::new(false);
+        write(7);
+        let sealed = seal_and_remember(&path, &memo, &never).unwrap();
+        // Looked at already: not even a wish to stop matters.
+        check_seal(&path, &sealed, Some(&memo), &AtomicBool::new(true)).unwrap();
+        assert!(matches!(
+            check_seal(&path, &sealed, None, &AtomicBool::new(true)),
+            Err(Error::Cancelled)
+        ));
+        check_seal(&path, &sealed, None, &never).unwrap();
+        write(6);
+        for memo in [None, Some(memo.as_path())] {
+            assert!(matches!(
+                check_seal(&path, &sealed, memo, &never),
+                Err(Error::Damaged { .. })
+            ));
+        }
+        write(7);
+        check_seal(&path, &sealed, Some(&memo), &never).unwrap();
+    }
 
     proptest! {
         #[test]

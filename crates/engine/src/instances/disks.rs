@@ -10,11 +10,13 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::AtomicBool;
 
+use hypeman_snapshots::{Digest, disk};
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 
 use crate::EngineError;
-use crate::blocking::blocking_io;
+use crate::blocking::{blocking, blocking_io};
 use crate::durable;
 
 /// Smallest layer that ext4 can be made on with room to write.
@@ -22,6 +24,8 @@ pub(crate) const MIN_OVERLAY_BYTES: u64 = 16 << 20;
 
 /// Name of the writable layer in a snapshot.
 pub(crate) const SNAPSHOT_DISK: &str = "overlay.raw";
+/// Beside it, the note that it was compared with its digest since the host booted.
+const VERIFIED: &str = "verified";
 
 /// Copies a writable layer that nobody writes to; holes stay holes. `target` must not exist.
 pub(crate) async fn copy(source: PathBuf, target: PathBuf) -> Result<(), EngineError> {
@@ -75,22 +79,51 @@ pub(crate) async fn flush(path: PathBuf) -> Result<(), EngineError> {
 pub(crate) struct Settled {
     /// Bytes that it takes.
     pub(crate) bytes: u64,
-    /// See [`super::disk_digest`].
+    /// [`hypeman_snapshots::DiskDigest::seal`], hex.
     pub(crate) digest: String,
 }
 
 /// Makes a finished copy durable and says what it is.
 pub(crate) async fn settle(path: PathBuf) -> Result<Settled, EngineError> {
-    blocking_io("settle the copied layer", move || {
-        let file = File::open(&path)?;
-        file.sync_all()?;
-        path.parent().map_or(Ok(()), durable::sync_directory)?;
-        Ok(Settled {
-            bytes: file.metadata()?.blocks() * 512,
-            digest: super::disk_digest::digest(&path)?,
+    let bytes = {
+        let path = path.clone();
+        blocking_io("settle the copied layer", move || {
+            let file = File::open(&path)?;
+            file.sync_all()?;
+            path.parent().map_or(Ok(()), durable::sync_directory)?;
+            Ok(file.metadata()?.blocks() * 512)
         })
+        .await?
+    };
+    let memo = path.with_file_name(VERIFIED);
+    let sealed =
+        blocking(move || Ok(disk::seal_and_remember(&path, &memo, &AtomicBool::new(false))?)).await?;
+    Ok(Settled {
+        bytes,
+        digest: sealed.to_hex().to_string(),
     })
-    .await
+}
+
+/// How thoroughly a captured disk is compared with its digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Thoroughness {
+    /// Not again, if it was since the host booted and nobody wrote to it.
+    Once,
+    /// Every byte is read.
+    Always,
+}
+
+/// Refuses the writable layer of a snapshot that is not what was captured. Reads, so it blocks.
+pub(crate) fn check(
+    path: &Path,
+    digest: &str,
+    thoroughness: Thoroughness,
+    cancel: &AtomicBool,
+) -> Result<(), EngineError> {
+    let expected = Digest::from_hex(digest).map_err(|_| EngineError::damaged("the digest of the disk"))?;
+    let memo = path.with_file_name(VERIFIED);
+    let memo = (thoroughness == Thoroughness::Once).then_some(memo.as_path());
+    Ok(disk::check_seal(path, &expected, memo, cancel)?)
 }
 
 /// Bytes that the files of a directory take on disk.

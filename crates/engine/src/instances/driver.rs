@@ -159,6 +159,8 @@ pub(super) struct Driver {
     /// What was captured of this run last. It may be gone.
     pub(super) last_image: Option<String>,
     unsaved: bool,
+    /// Carried out and answered; record and journal do not say so yet.
+    pub(super) owes_settling: bool,
 }
 
 enum Wake {
@@ -202,6 +204,7 @@ pub(super) fn prepare(
             memory,
             last_image: None,
             unsaved: false,
+            owes_settling: false,
         },
         receiver,
     )
@@ -238,9 +241,11 @@ impl Driver {
             match wake {
                 Wake::Closing | Wake::Request(None) => return,
                 Wake::Request(Some(request)) => {
-                    if self.handle(request).await {
+                    let gone = self.handle(request).await;
+                    if gone {
                         return;
                     }
+                    self.settle_what_is_owed().await;
                 }
                 Wake::Link(event) => self.on_link(event).await,
                 Wake::MachineGone => self.finish_run(None).await,
@@ -548,16 +553,28 @@ impl Driver {
 
     /// Stores the record as the outcome of what was intended.
     pub(super) async fn settle(&mut self) {
+        let saved = self.store_outcome().await;
+        self.note_saved(saved);
+    }
+
+    /// Stores record and outcome in one commit.
+    pub(super) async fn store_outcome(&self) -> Result<(), StoreError> {
         let document = self.record.clone();
-        let saved = self
-            .shared
+        self.shared
             .store
             .write(move |connection| {
                 hypeman_store::instances::update(connection, &document.id, &document)?;
                 journal::clear(connection, &document.id)
             })
-            .await;
-        self.note_saved(saved);
+            .await
+    }
+
+    /// Finishes the books of an operation whose answer need not wait for that: a crash before leaves its intent, which
+    /// recovery finishes to the same end.
+    async fn settle_what_is_owed(&mut self) {
+        if std::mem::take(&mut self.owes_settling) {
+            self.settle().await;
+        }
     }
 
     /// Removes the intent of an operation that has left no trace.

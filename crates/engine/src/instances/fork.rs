@@ -1,7 +1,7 @@
 //! A new instance out of captured parts: another identity on the same memory and disk.
 //!
 //! ```text
-//!  record + journal ─► disk copied, device state linked ─► COMMIT ─► target state ─► identity confirmed ─► cleared
+//!  record + journal ─► disk copied, device state linked ─► target state ─► identity confirmed ─► COMMIT, cleared
 //!     └──────────────── failure or crash: all of it goes, as if it had never been ────────────────┘
 //! ```
 //!
@@ -19,6 +19,7 @@ use super::create;
 use super::driver::{self, Driver, Operation, Request};
 use super::model::{Instance, InstanceRecord, NetworkRequest};
 use super::rewind::Target;
+use super::standby::Intent;
 use crate::layout::make_private;
 use crate::shared::Shared;
 use crate::snapshots::Snapshot;
@@ -124,18 +125,16 @@ impl Driver {
             .as_ref()
             .map(|standby| self.shared.vault.hold(&standby.memory.image));
         changed.phases.enter(lifecycle.state(), Timestamp::now());
-        self.commit(changed).await?;
+        self.record = changed;
         self.lifecycle = lifecycle;
         self.publish();
-        faults::point("fork.committed");
         match (target, &self.lifecycle) {
-            (InstanceState::Running, Lifecycle::Standby) => self.wake().await,
-            (InstanceState::Running, _) => self.boot(Operation::Create).await,
-            _ => {
-                self.clear_journal().await;
-                Ok(())
-            }
+            (InstanceState::Running, Lifecycle::Standby) => self.wake(Intent::Creation).await?,
+            (InstanceState::Running, _) => self.boot(Operation::Create).await?,
+            _ => self.store_outcome().await?,
         }
+        faults::point("fork.committed");
+        Ok(())
     }
 
     async fn remove_hatched(&mut self) -> Result<(), EngineError> {

@@ -4,7 +4,6 @@ mod action_log;
 mod boot;
 pub(crate) mod capture;
 mod create;
-pub(crate) mod disk_digest;
 pub(crate) mod disks;
 mod driver;
 pub(crate) mod fork;

@@ -8,14 +8,15 @@
 //! Invariant: the instance's disk and memory are replaced by one commit; until then both old ones are whole.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use hypeman_core::instance::{Command, InstanceState, Lifecycle, permit};
 use hypeman_vmm::VmmKind;
 
 use super::boot::kill;
+use super::disks::{self, Thoroughness};
 use super::driver::{Driver, Operation};
 use super::model::{InstanceRecord, StandbyRecord};
-use super::{disk_digest, disks};
 use crate::blocking::blocking;
 use crate::layout::make_private;
 use crate::snapshots::state;
@@ -99,7 +100,8 @@ impl Driver {
         .await?;
         let disk = source.join(disks::SNAPSHOT_DISK);
         let (captured, expected) = (disk.clone(), snapshot.disk_digest.clone());
-        blocking(move || disk_digest::check(&captured, &expected)).await?;
+        blocking(move || disks::check(&captured, &expected, Thoroughness::Once, &AtomicBool::new(false)))
+            .await?;
         disks::copy(disk, overlay).await?;
         let Some(memory) = snapshot.memory.as_ref().filter(|_| keeps_memory) else {
             return Ok(None);

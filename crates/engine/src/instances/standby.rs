@@ -4,12 +4,15 @@
 //!  standby:  journal ─► pause ─► devices ─► memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
 //!               └──────── failure or crash: the guest goes on ──────┘      └── crash: finished at the next start
 //!
-//!  wake:     journal ─► manifest checked ─► memory ─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► cleared
-//!               └──────── failure or crash: still in standby ───────────┘      └── crash: adopted and resumed
+//!  wake:     journal, beside it ─────┬─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► answer ─► cleared
+//!            manifest, memory checked ┘                            │
+//!               └──────── failure or crash: still in standby ──────┘      └── crash: adopted and resumed
 //! ```
 //!
 //! Invariant: from its commit on, a wake never goes back to standby. The guest may have run, its disk may have
 //! changed, and memory and disk would no longer belong to one instant.
+//!
+//! A fork wakes without a commit of its own: until it has confirmed who it is, a crash undoes its creation as a whole.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,6 +40,15 @@ use crate::{EngineError, durable, faults};
 const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a copy may take to confirm who it is now.
 const IDENTITY_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the journal holds of a wake before it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Intent {
+    /// Nothing yet.
+    Unrecorded,
+    /// The creation of the fork that wakes.
+    Creation,
+}
 
 impl Driver {
     /// Puts a running instance to standby.
@@ -161,13 +173,11 @@ impl Driver {
         self.publish();
     }
 
-    /// Brings an instance back from standby.
+    /// Brings an instance back from standby. Its journal entry is owed: see [`Driver::settle_what_is_owed`].
     pub(super) async fn restore(&mut self) -> Result<(), EngineError> {
         permit(&self.lifecycle, Command::Restore)?;
-        self.begin(Operation::Restore).await?;
-        faults::point("restore.recorded");
         self.log.line("restore requested");
-        let outcome = self.wake().await;
+        let outcome = self.wake(Intent::Unrecorded).await;
         if outcome.is_err() && self.run.is_none() {
             self.clear_journal().await;
             self.publish();
@@ -175,10 +185,10 @@ impl Driver {
         outcome
     }
 
-    /// From standby to a guest that runs, and knows who it is. The intent is in the journal already; on success
-    /// nothing of it remains there. On an error before the commit the instance is in standby as before.
-    pub(super) async fn wake(&mut self) -> Result<(), EngineError> {
-        if let Err(error) = self.load().await {
+    /// From standby to a guest that runs, and knows who it is. On an error before the commit the instance is in standby
+    /// as before.
+    pub(super) async fn wake(&mut self, intent: Intent) -> Result<(), EngineError> {
+        if let Err(error) = self.load(intent).await {
             self.log.line(&format!("restore failed: {error}"));
             if self.record.standby.is_some()
                 && let Err(alive) = self.undo_launch().await
@@ -187,11 +197,17 @@ impl Driver {
             }
             return Err(error);
         }
-        self.go_on().await
+        self.go_on().await?;
+        match intent {
+            Intent::Unrecorded => self.owes_settling = true,
+            // Nobody is told of a fork that a crash could still undo.
+            Intent::Creation => self.store_outcome().await?,
+        }
+        Ok(())
     }
 
     /// Up to a paused machine with the captured state in it, committed as this instance's.
-    async fn load(&mut self) -> Result<(), EngineError> {
+    async fn load(&mut self, intent: Intent) -> Result<(), EngineError> {
         let shared = Arc::clone(&self.shared);
         let standby = self
             .record
@@ -201,8 +217,16 @@ impl Driver {
         let vmm = shared.vmm(self.record.hypervisor)?;
         let directory = shared.layout.standby(&self.record.id, &standby.directory);
         let digest = standby.manifest.clone();
+        let recorded = async {
+            if intent == Intent::Unrecorded {
+                self.begin(Operation::Restore).await?;
+                faults::point("restore.recorded");
+            }
+            Ok(())
+        };
         // None of these has an effect; together they take as long as the longest.
-        let ((manifest, devices), identity, artifacts, memory) = tokio::try_join!(
+        let ((), (manifest, devices), identity, artifacts, memory) = tokio::try_join!(
+            recorded,
             blocking(move || state::read(&directory, &digest)),
             async { Ok(vmm.state_identity().await?) },
             kept_kernel(&shared, &self.record.boot_artifacts),
@@ -261,11 +285,15 @@ impl Driver {
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;
         started.exit = None;
-        let document = started.clone();
-        shared
-            .store
-            .write(move |connection| hypeman_store::instances::update(connection, &document.id, &document))
-            .await?;
+        if intent == Intent::Unrecorded {
+            let document = started.clone();
+            shared
+                .store
+                .write(move |connection| {
+                    hypeman_store::instances::update(connection, &document.id, &document)
+                })
+                .await?;
+        }
         faults::point("restore.committed");
         self.record = started;
         let link = self.link_to(&machine, &image, true, false);
@@ -338,7 +366,6 @@ impl Driver {
             return Err(EngineError::RestoreFailed(reason));
         }
         faults::point("restore.confirmed");
-        self.settle().await;
         self.log.line("restored");
         self.publish();
         Ok(())

@@ -24,7 +24,7 @@ use super::papers::Papers;
 use super::{state, vault};
 use crate::EngineError;
 use crate::blocking::blocking;
-use crate::instances::{disk_digest, disks};
+use crate::instances::disks;
 use crate::shared::Shared;
 
 /// Bytes that are handed on together.
@@ -153,10 +153,12 @@ fn write(
     let source = &record.source;
     let image = shared.images.bootable(&source.image_digest)?;
     let root_disk = shared.layout.root_disk(&source.image_digest);
-    // In this order: what changes after it was sealed is noticed by the check or while it is exported.
+    // What changes after it was sealed is noticed while it is exported.
     let digest = portable::disk::seal(&disk, cancel)?;
     let root_digest = portable::disk::seal(&root_disk, cancel)?;
-    disk_digest::check(&disk, &record.disk_digest)?;
+    if digest.seal().to_hex().as_str() != record.disk_digest {
+        return Err(EngineError::damaged("the captured disk"));
+    }
     let mut manifest = portable::Manifest {
         kind: match record.kind {
             SnapshotKind::Standby => portable::SnapshotKind::Standby,

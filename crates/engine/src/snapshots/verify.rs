@@ -9,7 +9,7 @@ use super::leases::Lease;
 use super::model::{Snapshot, SnapshotUsage, VerifyProgress};
 use super::state;
 use crate::blocking::blocking;
-use crate::instances::{disk_digest, disks};
+use crate::instances::disks::{self, Thoroughness};
 use crate::shared::Shared;
 use crate::{EngineError, snapshots::vault};
 
@@ -69,7 +69,8 @@ fn verify(
     tell: &(dyn Fn(u64) + Sync),
 ) -> Result<(), EngineError> {
     let directory = shared.layout.snapshot(&record.id);
-    disk_digest::check(&directory.join(disks::SNAPSHOT_DISK), &record.disk_digest)?;
+    let disk = directory.join(disks::SNAPSHOT_DISK);
+    disks::check(&disk, &record.disk_digest, Thoroughness::Always, cancel)?;
     tell(record.disk_bytes);
     let Some(memory) = &record.memory else {
         return Ok(());
