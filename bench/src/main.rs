@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  bench/run ─► hypeman-bench ─┬─► Server (a private one per bench) ◄── http, load, CLI
-//!                              ├─► peers: bare QEMU, bare hyper, umoci + mkfs.erofs
+//!                              ├─► peers: bare QEMU (booting, resuming), bare hyper, umoci + mkfs.erofs, dd, zstd, lz4
 //!                              └─► Section ─► table, target/bench/*.svg, target/bench.json
 //! ```
 //!
@@ -20,14 +20,17 @@
 
 mod bare_http;
 mod bare_qemu;
+mod bare_restore;
 mod benches;
 mod chart;
 mod context;
 mod error;
+mod guests;
 mod http;
 mod load;
 mod process;
 mod registry;
+mod remote;
 mod report;
 mod server;
 mod statistics;
@@ -109,7 +112,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Outer) -> Result<ExitCode> {
     if arguments.list {
         for (name, title, _) in benches::ALL {
-            println!("{name:8} {title}");
+            println!("{name:11} {title}");
         }
         return Ok(ExitCode::SUCCESS);
     }

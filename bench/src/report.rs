@@ -14,6 +14,8 @@ use crate::error::BenchError;
 pub enum Goal {
     /// Ours divided by the reference is at most this.
     RatioAtMost(f64),
+    /// Ours divided by the reference is at least this.
+    RatioAtLeast(f64),
     /// Ours is at most the reference plus this.
     MoreByAtMost(f64),
     /// Ours is at most this.
@@ -79,6 +81,7 @@ impl Row {
     fn goal_text(&self) -> Option<String> {
         Some(match self.goal {
             Goal::RatioAtMost(most) => format!("at most {most} times"),
+            Goal::RatioAtLeast(least) => format!("at least {least} times"),
             Goal::MoreByAtMost(more) => format!("at most {more} {} more", self.unit),
             Goal::AtMost(most) => format!("at most {most} {}", self.unit),
             Goal::AtLeast(least) => format!("at least {least} {}", self.unit),
@@ -90,6 +93,7 @@ impl Row {
     pub fn met(&self) -> Option<bool> {
         match self.goal {
             Goal::RatioAtMost(most) => self.ratio().map(|ratio| ratio <= most),
+            Goal::RatioAtLeast(least) => self.ratio().map(|ratio| ratio >= least),
             Goal::MoreByAtMost(more) => self.reference.map(|reference| self.ours - reference <= more),
             Goal::AtMost(most) => Some(self.ours <= most),
             Goal::AtLeast(least) => Some(self.ours >= least),
@@ -232,6 +236,8 @@ mod tests {
         assert_eq!(row(13.0, Some(10.0), Goal::RatioAtMost(1.35)).met(), Some(true));
         assert_eq!(row(14.0, Some(10.0), Goal::RatioAtMost(1.35)).met(), Some(false));
         assert_eq!(row(14.0, None, Goal::RatioAtMost(1.35)).met(), None);
+        assert_eq!(row(9.0, Some(10.0), Goal::RatioAtLeast(0.9)).met(), Some(true));
+        assert_eq!(row(8.0, Some(10.0), Goal::RatioAtLeast(0.9)).met(), Some(false));
         assert_eq!(row(14.0, Some(10.0), Goal::MoreByAtMost(3.0)).met(), Some(false));
         assert_eq!(row(14.0, None, Goal::AtMost(15.0)).met(), Some(true));
         assert_eq!(row(14.0, Some(1.0), Goal::None).met(), None);

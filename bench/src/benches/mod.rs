@@ -1,10 +1,13 @@
 //! The benches, by name.
 
 mod boot;
+mod capture;
+mod compression;
 mod convert;
 mod exec;
 mod list;
 mod memory;
+mod restore;
 mod seed;
 mod snapshots;
 
@@ -18,7 +21,7 @@ use crate::report::Section;
 type Run = fn(&Context, &mut Section) -> Result<()>;
 
 /// All benches: name, what is measured against what, and the code.
-pub const ALL: [(&str, &str, Run); 6] = [
+pub const ALL: [(&str, &str, Run); 10] = [
     (
         "boot",
         "create to Running, against bare QEMU booting the same kernel to an init that exits",
@@ -43,6 +46,26 @@ pub const ALL: [(&str, &str, Run); 6] = [
         "snapshots",
         "GET /snapshots with 100,000 stored, against serialising the same objects",
         snapshots::run,
+    ),
+    (
+        "restore",
+        "standby to an answering guest, against a bare VMM that resumes the same state",
+        restore::run,
+    ),
+    (
+        "fork",
+        "forks of a snapshot, one and 20 at once, against as many bare VMMs from the same state",
+        restore::forks,
+    ),
+    (
+        "capture",
+        "pause of a running source, and standby, against copying in RAM and dd with sync",
+        capture::run,
+    ),
+    (
+        "compression",
+        "compressing memory, against zstd and lz4 on the same bytes; ten snapshots of one guest",
+        compression::run,
     ),
     ("memory", "resident memory of the server", memory::run),
 ];

@@ -1,0 +1,257 @@
+//! What keeping a guest costs: how long it stands still, how long standby takes, what a second standby writes.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::context::Context;
+use crate::error::{BenchError, Result};
+use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
+use crate::http::Connection;
+use crate::registry::push_busybox;
+use crate::report::{Goal, Section};
+use crate::server::{Server, call, delete};
+use crate::statistics::{Sample, milliseconds};
+
+/// Bytes a second that a copy within RAM is allowed to take.
+const COPY_RATE: f64 = 2e9;
+/// What the server's own log of an instance says of a capture.
+const STOOD_STILL: &str = "the guest stood still for ";
+/// The file of a memory image in its raw form.
+const RAW: &str = "memory.raw";
+/// Bytes that a guest changes between two standbys.
+const CHANGED: u64 = 16 * MEBIBYTE;
+
+pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
+    let server = Server::start(context)?;
+    let image = push_busybox(&server)?;
+    let mut api = server.connect()?;
+    let most = SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0);
+    let content = Content::read(most + 64)?;
+    let repetitions = context.repetitions(10, 3);
+    for shape in SHAPES {
+        let mut bench = Bench {
+            server: &server,
+            api: &mut api,
+            image: &image,
+            content: &content,
+            repetitions,
+        };
+        if let Err(error) = bench
+            .pauses(section, shape)
+            .and_then(|()| bench.standbys(section, shape))
+        {
+            section.note(format!("{}: {error}", shape.name));
+        }
+    }
+    section.note(format!(
+        "medians of {repetitions}; pause: as the instance's own log has it, reference: copying the guest's changed \
+         memory at 2 GB/s; standby: from the call until its answer, reference: dd with conv=fsync of the pages that \
+         are not zero, from RAM to the same file system, in turns; second standby: what memory images take on disk, \
+         reference: the pages that the restored guest had changed"
+    ));
+    match section.rows.is_empty() {
+        false => Ok(()),
+        true => Err(BenchError::Answer(section.notes.join("\n"))),
+    }
+}
+
+struct Bench<'a> {
+    server: &'a Server,
+    api: &'a mut Connection,
+    image: &'a str,
+    content: &'a Content,
+    repetitions: usize,
+}
+
+impl Bench<'_> {
+    fn boot(&mut self, shape: Shape) -> Result<String> {
+        let name = "bench-capture";
+        guests::boot(self.server, self.api, self.image, name, shape, self.content)
+    }
+
+    fn changed(&self, id: &str, shape: Shape) -> Result<u64> {
+        let process = guests::vmm(self.server, id)?;
+        Ok(guests::footprint(process, shape.memory)?.anonymous_guest)
+    }
+
+    /// A running guest is captured again and again.
+    fn pauses(&mut self, section: &mut Section, shape: Shape) -> Result<()> {
+        let id = self.boot(shape)?;
+        let (mut pauses, mut copies) = (Vec::new(), Vec::new());
+        for round in 0..=self.repetitions {
+            let bytes = self.changed(&id, shape)?;
+            let snapshot = guests::snapshot(self.api, &id, None)?;
+            if round > 0 {
+                pauses.push(last_pause(self.server, &id)?);
+                copies.push(Duration::from_secs_f64(bytes as f64 / COPY_RATE));
+            }
+            call(self.api, "DELETE", &format!("/snapshots/{snapshot}"), None, 204)?;
+        }
+        delete(self.api, &id)?;
+        let [pauses, copies] = [pauses, copies].map(|runs| runs.into_iter().collect::<Sample>());
+        let name = format!("pause, {}", shape.name);
+        // A guest that stands still equally long each time was not held up by others.
+        let disturbed = pauses.percentile(75.0) > pauses.median().mul_f64(2.0);
+        section.row(
+            &name,
+            "ms",
+            milliseconds(pauses.median()),
+            Some(milliseconds(copies.median())),
+            if disturbed {
+                Goal::None
+            } else {
+                Goal::MoreByAtMost(15.0)
+            },
+        );
+        section.note(format!(
+            "{name}: {:.0} MiB to copy; longest {:.1} ms{}",
+            copies.median().as_secs_f64() * COPY_RATE / MEBIBYTE as f64,
+            milliseconds(pauses.percentile(100.0)),
+            if disturbed {
+                "; disturbed, so not judged"
+            } else {
+                ""
+            }
+        ));
+        Ok(())
+    }
+
+    fn standbys(&mut self, section: &mut Section, shape: Shape) -> Result<()> {
+        let (mut ours, mut peer) = (Vec::new(), Vec::new());
+        let (mut written, mut changed) = (0, 0);
+        let memory = self.server.data_directory().join("memory");
+        for round in 0..=self.repetitions {
+            let id = self.boot(shape)?;
+            let began = Instant::now();
+            guests::standby(self.api, &id)?;
+            let took = began.elapsed();
+            let dense = not_zero(&newest(&memory)?.join(RAW))?;
+            let reference = written_by_dd(&dense, &self.server.data_directory())?;
+            call(self.api, "POST", &format!("/instances/{id}/restore"), None, 200)?;
+            if shape.filled > 0 {
+                let other = self.content.part(shape.filled * MEBIBYTE, CHANGED);
+                guests::change(self.server, &id, 8 * MEBIBYTE, other)?;
+            }
+            let touched = self.changed(&id, shape)?;
+            guests::standby(self.api, &id)?;
+            if round > 0 {
+                ours.push(took);
+                peer.push(reference);
+                written += guests::disk_usage(&newest(&memory)?);
+                changed += touched;
+            }
+            delete(self.api, &id)?;
+        }
+        let [ours, peer] = [ours, peer].map(|runs| runs.into_iter().collect::<Sample>());
+        let disturbed = peer.percentile(75.0) > peer.median().mul_f64(1.5);
+        let name = format!("standby, {}", shape.name);
+        section.row(
+            &name,
+            "ms",
+            milliseconds(ours.median()),
+            Some(milliseconds(peer.median())),
+            if disturbed {
+                Goal::None
+            } else {
+                Goal::RatioAtMost(1.2)
+            },
+        );
+        if disturbed {
+            section.note(format!(
+                "{name}: the disk's speed changed meanwhile, so not judged"
+            ));
+        }
+        let rounds = self.repetitions as f64 * MEBIBYTE as f64;
+        section.row(
+            &format!("second standby, {}", shape.name),
+            "MiB",
+            written as f64 / rounds,
+            Some(changed as f64 / rounds),
+            Goal::RatioAtMost(1.1),
+        );
+        Ok(())
+    }
+}
+
+/// How long a guest stood still when it was captured last.
+fn last_pause(server: &Server, id: &str) -> Result<Duration> {
+    let path = server
+        .data_directory()
+        .join("instances")
+        .join(id)
+        .join("logs/hypeman.log");
+    let text = fs::read_to_string(path).map_err(|error| BenchError::io("read an instance's log", error))?;
+    pause_in(&text).ok_or_else(|| BenchError::Answer("the log says nothing of a pause".into()))
+}
+
+fn pause_in(log: &str) -> Option<Duration> {
+    let (_, rest) = log.rsplit_once(STOOD_STILL)?;
+    let milliseconds: f64 = rest.split_whitespace().next()?.parse().ok()?;
+    Some(Duration::from_secs_f64(milliseconds / 1000.0))
+}
+
+/// The memory image that was made last.
+fn newest(memory: &Path) -> Result<PathBuf> {
+    let images = fs::read_dir(memory).map_err(|error| BenchError::io("list memory images", error))?;
+    images
+        .flatten()
+        .map(|image| image.path())
+        .filter_map(|path| Some((path.join(RAW).metadata().ok()?.modified().ok()?, path)))
+        .max()
+        .map(|(_, path)| path)
+        .ok_or_else(|| BenchError::Answer("there is no memory image".into()))
+}
+
+/// A file in RAM with the pages of `image` that are not zero.
+fn not_zero(image: &Path) -> Result<tempfile::NamedTempFile> {
+    let fail = |error| BenchError::io("read guest memory", error);
+    let ram = Path::new("/dev/shm");
+    let mut dense = tempfile::NamedTempFile::new_in(ram).map_err(fail)?;
+    let bytes = fs::read(image).map_err(fail)?;
+    let plain: Vec<u8> = bytes
+        .chunks(4096)
+        .filter(|page| page.iter().any(|byte| *byte != 0))
+        .flatten()
+        .copied()
+        .collect();
+    dense.write_all(&plain).map_err(fail)?;
+    dense.flush().map_err(fail)?;
+    Ok(dense)
+}
+
+fn written_by_dd(source: &tempfile::NamedTempFile, directory: &Path) -> Result<Duration> {
+    let fail = |error| BenchError::io("run dd", error);
+    let target = directory.join("dd");
+    // What others have left to be written is not dd's.
+    File::open(directory)
+        .and_then(|directory| rustix::fs::syncfs(directory).map_err(Into::into))
+        .map_err(fail)?;
+    let began = Instant::now();
+    let status = Command::new("dd")
+        .arg(format!("if={}", source.path().display()))
+        .arg(format!("of={}", target.display()))
+        .args(["bs=1M", "conv=fsync", "status=none"])
+        .status()
+        .map_err(fail)?;
+    let took = began.elapsed();
+    let _ = fs::remove_file(target);
+    if status.success() {
+        return Ok(took);
+    }
+    Err(BenchError::Answer(format!("dd ended with {status}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_pause_of_a_log_counts() {
+        let log = "t captured; the guest stood still for 9.5 ms\nt x\nt captured; the guest stood still for 12.3 ms\n";
+        assert_eq!(pause_in(log), Some(Duration::from_micros(12_300)));
+        assert_eq!(pause_in("t restored\n"), None);
+    }
+}
