@@ -19,6 +19,7 @@ use crate::instances::{InstanceRecord, LogWatcher, Table};
 use crate::layout::{Layout, make_private};
 use crate::snapshots::CompressionChoice;
 use crate::snapshots::leases::Leases;
+use crate::snapshots::table::SnapshotTable;
 use crate::snapshots::vault::Vault;
 use crate::{EngineError, EngineOptions};
 
@@ -32,6 +33,7 @@ pub(crate) struct Shared {
     pub(crate) layout: Layout,
     pub(crate) store: Store,
     pub(crate) table: Table,
+    pub(crate) snapshots: SnapshotTable,
     pub(crate) log_watcher: LogWatcher,
     pub(crate) images: Arc<Catalog>,
     pub(crate) vmms: Vmms,
@@ -82,6 +84,7 @@ impl Shared {
             layout,
             store,
             table: Table::default(),
+            snapshots: SnapshotTable::default(),
             log_watcher: LogWatcher::default(),
             images,
             vmms,

@@ -5,6 +5,7 @@
 //!          ──► a driver restores (instances::rewind) or a fork is made of it (instances::fork)
 //!  vault   ──► memory images: kept, laid out for machines, compressed behind their back, swept
 //!  export  ──► one file ──► import, here or on another server: described by papers
+//!  table   ──► what the rows say, in memory: lists read it alone
 //!  leases  ──► files are not removed from under a reader
 //! ```
 
@@ -17,6 +18,8 @@ pub(crate) mod rows;
 pub(crate) mod schedules;
 mod service;
 pub(crate) mod state;
+mod summary;
+pub(crate) mod table;
 pub(crate) mod vault;
 mod verify;
 
@@ -26,3 +29,4 @@ pub use model::{
     RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter, SnapshotKind, SnapshotPolicy,
     SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
 };
+pub use summary::{ListedSnapshot, MemorySummary, SnapshotSummary};

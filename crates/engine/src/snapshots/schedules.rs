@@ -199,7 +199,8 @@ async fn retain(engine: &Engine, record: &ScheduleRecord, now: Timestamp) -> Res
         .list_snapshots(filter)
         .await?
         .into_iter()
-        .filter(|snapshot| snapshot.scheduled_for.is_some())
+        .map(|listed| listed.summary)
+        .filter(|snapshot| snapshot.scheduled)
         .collect();
     let listed: Vec<Scheduled<'_>> = mine
         .iter()

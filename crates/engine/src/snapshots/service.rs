@@ -18,6 +18,7 @@ use super::model::{
     SnapshotFilter, SnapshotKind, SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest,
     VerifyProgress,
 };
+use super::summary::ListedSnapshot;
 use crate::instances::capture::{CapturePlan, Captured};
 use crate::instances::rewind::Target;
 use crate::instances::{Request, fork};
@@ -185,8 +186,8 @@ impl Engine {
     /// Snapshots, newest first.
     ///
     /// # Errors
-    /// The store fails.
-    pub async fn list_snapshots(&self, filter: SnapshotFilter) -> Result<Vec<Snapshot>, EngineError> {
+    /// The cursor is of no snapshot, or the store fails.
+    pub async fn list_snapshots(&self, filter: SnapshotFilter) -> Result<Vec<ListedSnapshot>, EngineError> {
         let shared = Arc::clone(self.shared());
         let listed = tokio::task::spawn_blocking(move || super::rows::list(&shared, &filter)).await;
         listed.map_err(|error| EngineError::io("list snapshots", error.into()))?

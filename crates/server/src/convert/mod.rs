@@ -3,5 +3,6 @@
 
 pub mod image;
 pub mod instance;
+pub mod listed;
 pub mod request;
 pub mod snapshot;

@@ -60,11 +60,11 @@ pub fn to_api(record: &SnapshotRecord) -> api::Snapshot {
     }
 }
 
-fn signed(bytes: u64) -> i64 {
+pub(super) fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-fn kind_to_api(kind: SnapshotKind) -> api::SnapshotKind {
+pub(super) fn kind_to_api(kind: SnapshotKind) -> api::SnapshotKind {
     match kind {
         SnapshotKind::Standby => api::SnapshotKind::Standby,
         SnapshotKind::Stopped => api::SnapshotKind::Stopped,
@@ -86,7 +86,7 @@ fn target_to_core(target: api::SnapshotTargetState) -> InstanceState {
     }
 }
 
-fn compression_to_api(choice: CompressionChoice) -> SnapshotCompressionConfig {
+pub(super) fn compression_to_api(choice: CompressionChoice) -> SnapshotCompressionConfig {
     match choice {
         CompressionChoice::Off => SnapshotCompressionConfig {
             enabled: false,
@@ -344,7 +344,7 @@ pub fn schedule_to_api(record: ScheduleRecord) -> api::SnapshotSchedule {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Value, json};
 
@@ -358,7 +358,7 @@ mod tests {
         result.unwrap_err().code().to_owned()
     }
 
-    fn record(memory: Value) -> SnapshotRecord {
+    pub(in crate::convert) fn record(memory: Value) -> SnapshotRecord {
         let source = json!({
             "id": "qilviffnqzck2jrim1x6s2b1", "name": "nginx1", "image": "docker.io/library/nginx:latest",
             "image_digest": "sha256:aa", "platform": "linux/amd64", "memory_bytes": 1 << 30, "hotplug_bytes": 0,

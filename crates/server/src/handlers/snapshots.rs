@@ -3,24 +3,23 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use futures::stream;
 use hypeman_api::error::code;
 use hypeman_api::instance::Instance;
 use hypeman_api::snapshot as api;
-use hypeman_engine::{EngineError, ForkOutcome, Snapshot};
+use hypeman_engine::{EngineError, ForkOutcome};
 use hypeman_vmm::VmmError;
 use jiff::Timestamp;
 
 use super::{PathId, PathIds, path_text, path_texts, resolve};
-use crate::convert::{instance, snapshot as convert};
+use crate::convert::{instance, listed, snapshot as convert};
 use crate::error::{ApiError, ApiResult};
 use crate::extract::{JsonBody, Params, TagFilter};
 use crate::state::AppState;
-
-/// A list longer than this is written beside the requests of others.
-const LONG_LIST: usize = 500;
 
 /// Takes a snapshot. A running source goes on.
 #[utoipa::path(post, path = "/instances/{id}/snapshots", tag = "snapshots", operation_id = "createInstanceSnapshot",
@@ -87,28 +86,14 @@ pub async fn list(
         .engine
         .list_snapshots(convert::filter(query, tags.0)?)
         .await?;
-    let body = if snapshots.len() > LONG_LIST {
-        tokio::task::spawn_blocking(move || written(&snapshots))
-            .await
-            .map_err(|error| ApiError::internal(&error))?
-    } else {
-        written(&snapshots)
+    let mut pieces = listed::pieces(snapshots);
+    let (first, second) = (pieces.next(), pieces.next());
+    let body = match (first, second) {
+        (Some(whole), None) => Body::from(whole.map_err(|error| ApiError::internal(&error))?),
+        // The next piece is written when the client has taken the former ones.
+        (first, second) => Body::from_stream(stream::iter(first.into_iter().chain(second).chain(pieces))),
     };
-    let body = body.map_err(|error| ApiError::internal(&error))?;
     Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
-}
-
-/// A list as JSON, without holding all of it twice.
-fn written(snapshots: &[Snapshot]) -> serde_json::Result<Vec<u8>> {
-    let mut body = vec![b'['];
-    for (number, snapshot) in snapshots.iter().enumerate() {
-        if number > 0 {
-            body.push(b',');
-        }
-        serde_json::to_writer(&mut body, &convert::to_api(snapshot))?;
-    }
-    body.push(b']');
-    Ok(body)
 }
 
 /// One snapshot.
@@ -243,10 +228,5 @@ mod tests {
         let refusal = || EngineError::InvalidState("instance must be stopped".into());
         assert_eq!(refused(refusal(), code::CONFLICT).code(), "conflict");
         assert_eq!(refused(refusal(), code::INVALID_STATE).code(), "invalid_state");
-    }
-
-    #[test]
-    fn lists_are_arrays() {
-        assert_eq!(written(&[]).unwrap(), b"[]");
     }
 }

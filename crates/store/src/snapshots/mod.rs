@@ -62,11 +62,11 @@ pub struct Listed<T> {
     pub document: T,
 }
 
-/// Adds a snapshot as the newest.
+/// Adds a snapshot as the newest. Returns its position.
 ///
 /// # Errors
 /// [`StoreError::Conflict`] when the id exists, or the source has a snapshot of this name.
-pub fn insert(connection: &Connection, key: &Key<'_>, document: &impl Serialize) -> Result<(), StoreError> {
+pub fn insert(connection: &Connection, key: &Key<'_>, document: &impl Serialize) -> Result<i64, StoreError> {
     connection
         .prepare_cached(
             "INSERT INTO snapshots (id, source_instance_id, name, kind, document) VALUES (?1, ?2, ?3, ?4, ?5)",
@@ -84,7 +84,7 @@ pub fn insert(connection: &Connection, key: &Key<'_>, document: &impl Serialize)
     for (name, value) in key.tags {
         tag.execute(params![name, value, position])?;
     }
-    Ok(())
+    Ok(position)
 }
 
 /// Replaces the document of a snapshot. `false` for one that is gone, which stays gone.

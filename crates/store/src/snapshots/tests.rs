@@ -58,7 +58,7 @@ fn store() -> (tempfile::TempDir, Store) {
     (directory, store)
 }
 
-async fn add(store: &Store, row: Row) -> Result<(), StoreError> {
+async fn add(store: &Store, row: Row) -> Result<i64, StoreError> {
     store
         .write(move |connection| insert(connection, &row.key(), &row.id))
         .await
