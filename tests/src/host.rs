@@ -41,7 +41,7 @@ pub fn hypervisors() -> [&'static str; 2] {
     ["qemu", "qemu-microvm"]
 }
 
-/// A small ext4 file system on a loop device, mounted; unmounted when dropped.
+/// A small file system on a loop device, mounted; unmounted when dropped.
 #[derive(Debug)]
 pub struct LoopDisk {
     directory: TempDir,
@@ -49,9 +49,19 @@ pub struct LoopDisk {
 }
 
 impl LoopDisk {
-    /// Makes and mounts one of `megabytes`. `None` where the host cannot (not root, no loop device).
+    /// Makes and mounts an ext4 of `megabytes`. `None` where the host cannot (not root, no loop device).
     #[must_use]
     pub fn mount(megabytes: u64) -> Option<Self> {
+        Self::made_by(&["mkfs.ext4", "-q", "-F", "-m", "0"], megabytes)
+    }
+
+    /// The same with a file system whose files can share blocks: XFS. At least 300 megabytes.
+    #[must_use]
+    pub fn mount_sharing(megabytes: u64) -> Option<Self> {
+        Self::made_by(&["mkfs.xfs", "-q", "-m", "reflink=1"], megabytes)
+    }
+
+    fn made_by(command: &[&str], megabytes: u64) -> Option<Self> {
         let directory = tempfile::Builder::new().prefix("hm-disk-").tempdir().ok()?;
         let image = directory.path().join("disk.img");
         let mount_point = directory.path().join("m");
@@ -60,32 +70,16 @@ impl LoopDisk {
             .ok()?
             .set_len(megabytes << 20)
             .ok()?;
-        let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
-            Command::new(program)
-                .args(arguments)
+        let run = |command: &[&str], paths: &[&Path]| {
+            Command::new(command[0])
+                .args(&command[1..])
+                .args(paths)
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
                 .status()
                 .is_ok_and(|status| status.success())
         };
-        let made = run(
-            "mkfs.ext4",
-            &[
-                "-q".as_ref(),
-                "-F".as_ref(),
-                "-m".as_ref(),
-                "0".as_ref(),
-                image.as_os_str(),
-            ],
-        ) && run(
-            "mount",
-            &[
-                "-o".as_ref(),
-                "loop".as_ref(),
-                image.as_os_str(),
-                mount_point.as_os_str(),
-            ],
-        );
+        let made = run(command, &[&image]) && run(&["mount", "-o", "loop"], &[&image, &mount_point]);
         made.then_some(Self {
             directory,
             mount_point,

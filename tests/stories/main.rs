@@ -31,3 +31,4 @@ mod registry;
 mod service;
 mod snapshots;
 mod snapshots_travel;
+mod snapshots_sharing;
