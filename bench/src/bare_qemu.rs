@@ -44,7 +44,7 @@ impl BareMachine {
             )));
         }
         let initramfs = folder.join("bare.cpio");
-        fs::write(&initramfs, archive(&init()))
+        fs::write(&initramfs, archive(&[("init", &init())]))
             .map_err(|error| BenchError::io("write an initramfs", error))?;
         let mut arguments: Vec<String> = FLAGS.map(str::to_owned).to_vec();
         for pair in words.windows(2) {
@@ -134,10 +134,15 @@ fn init() -> Vec<u8> {
     elf
 }
 
-/// A cpio archive (newc) with the one file `init`.
-fn archive(init: &[u8]) -> Vec<u8> {
+/// A cpio archive (newc) of directories and programs; what has no content is a directory.
+pub fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = Vec::new();
-    for (name, mode, data) in [("init", 0o100_755, init), ("TRAILER!!!", 0, &[][..])] {
+    for (name, data) in files.iter().chain(&[("TRAILER!!!", &[][..])]) {
+        let mode = match (*name, data.is_empty()) {
+            ("TRAILER!!!", _) => 0,
+            (_, true) => 0o040_755,
+            (_, false) => 0o100_755,
+        };
         let fields = [1, mode, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name.len() + 1, 0];
         archive.extend(b"070701");
         for field in fields {
@@ -146,7 +151,7 @@ fn archive(init: &[u8]) -> Vec<u8> {
         archive.extend(name.bytes());
         archive.push(0);
         archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(data);
+        archive.extend(*data);
         archive.resize(archive.len().next_multiple_of(4), 0);
     }
     archive

@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use crate::error::{BenchError, Result};
+use crate::place::Place;
 use crate::server::Server;
 
 /// Longer than a guest takes to answer under any load.
@@ -46,19 +47,22 @@ pub struct BareRestore<'a> {
 }
 
 impl BareVmms {
-    /// Looks at the host.
+    /// Looks at the host. Disks are copied to the place where the server has its own.
     ///
     /// # Errors
     /// No runtime, no directory.
-    pub fn new() -> Result<Self> {
+    pub fn new(place: &Place) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
             .map_err(|error| BenchError::io("start a runtime", error))?;
-        let folder = tempfile::Builder::new()
-            .prefix("bare-")
-            .tempdir()
-            .map_err(|error| BenchError::io("make a directory", error))?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("bare-");
+        let folder = match place.directory() {
+            Some(directory) => builder.tempdir_in(directory),
+            None => builder.tempdir(),
+        };
+        let folder = folder.map_err(|error| BenchError::io("make a directory", error))?;
         Ok(Self {
             runtime,
             vmms: Vmms::detect(VmmOptions::default()),

@@ -31,6 +31,8 @@ pub struct Connection {
     address: SocketAddr,
     token: String,
     buffer: Vec<u8>,
+    /// What is read and not yet taken is `start..filled`.
+    start: usize,
     filled: usize,
 }
 
@@ -40,21 +42,33 @@ impl Connection {
     /// # Errors
     /// Nobody listens there.
     pub fn open(address: SocketAddr, token: &str) -> Result<Self> {
-        let connect = || -> io::Result<TcpStream> {
-            let stream = TcpStream::connect(address)?;
-            stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            Ok(stream)
-        };
-        let stream = connect().map_err(|error| BenchError::io(format!("connect to {address}"), error))?;
+        let stream =
+            connect(address).map_err(|error| BenchError::io(format!("connect to {address}"), error))?;
         Ok(Self {
             stream,
             address,
             token: token.to_owned(),
             buffer: vec![0; 256 << 10],
+            start: 0,
             filled: 0,
         })
+    }
+
+    /// A server closes a connection that is idle for long. That is no failure of the next call.
+    fn renew(&mut self) -> io::Result<()> {
+        self.stream.set_nonblocking(true)?;
+        let closed = match self.stream.peek(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            // Between two calls there is nothing to be read, but the end.
+            Ok(_) | Err(_) => true,
+        };
+        if closed {
+            self.stream = connect(self.address)?;
+            (self.start, self.filled) = (0, 0);
+        } else {
+            self.stream.set_nonblocking(false)?;
+        }
+        Ok(())
     }
 
     /// Sends a request and reads the answer whole.
@@ -91,11 +105,12 @@ impl Connection {
             request += &format!("content-type: {kind}\r\ncontent-length: {}\r\n", body.len());
         }
         request += "\r\n";
+        self.renew()?;
         self.stream.write_all(request.as_bytes())?;
         self.stream.write_all(body)?;
 
         let head_length = self.read_head()?;
-        let head = String::from_utf8_lossy(&self.buffer[..head_length]).into_owned();
+        let head = String::from_utf8_lossy(&self.unread()[..head_length]).into_owned();
         self.consume(head_length);
         let invalid = || io::Error::new(io::ErrorKind::InvalidData, format!("no HTTP answer: {head:.200}"));
         let mut lines = head.split("\r\n");
@@ -140,13 +155,11 @@ impl Connection {
 
     fn read_head(&mut self) -> io::Result<usize> {
         loop {
-            if let Some(end) = self.buffer[..self.filled]
-                .windows(4)
-                .position(|four| four == b"\r\n\r\n")
-            {
+            let unread = self.unread();
+            if let Some(end) = unread.windows(4).position(|four| four == b"\r\n\r\n") {
                 return Ok(end + 4);
             }
-            if self.filled > LONGEST_HEAD {
+            if unread.len() > LONGEST_HEAD {
                 return Err(io::ErrorKind::InvalidData.into());
             }
             self.fill()?;
@@ -155,15 +168,13 @@ impl Connection {
 
     fn read_line(&mut self) -> io::Result<String> {
         loop {
-            if let Some(end) = self.buffer[..self.filled]
-                .windows(2)
-                .position(|two| two == b"\r\n")
-            {
-                let line = String::from_utf8_lossy(&self.buffer[..end]).into_owned();
+            let unread = self.unread();
+            if let Some(end) = unread.windows(2).position(|two| two == b"\r\n") {
+                let line = String::from_utf8_lossy(&unread[..end]).into_owned();
                 self.consume(end + 2);
                 return Ok(line);
             }
-            if self.filled > LONGEST_HEAD {
+            if unread.len() > LONGEST_HEAD {
                 return Err(io::ErrorKind::InvalidData.into());
             }
             self.fill()?;
@@ -173,9 +184,9 @@ impl Connection {
     fn read_body(&mut self, mut left: usize, keep: bool, answer: &mut Answer) -> io::Result<()> {
         answer.length += left;
         loop {
-            let here = left.min(self.filled);
+            let here = left.min(self.filled - self.start);
             if keep {
-                answer.body.extend_from_slice(&self.buffer[..here]);
+                answer.body.extend_from_slice(&self.unread()[..here]);
             }
             self.consume(here);
             left -= here;
@@ -186,7 +197,15 @@ impl Connection {
         }
     }
 
+    fn unread(&self) -> &[u8] {
+        &self.buffer[self.start..self.filled]
+    }
+
     fn fill(&mut self) -> io::Result<()> {
+        if self.filled == self.buffer.len() {
+            self.buffer.copy_within(self.start.., 0);
+            (self.start, self.filled) = (0, self.filled - self.start);
+        }
         match self.stream.read(&mut self.buffer[self.filled..])? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             more => {
@@ -197,15 +216,41 @@ impl Connection {
     }
 
     fn consume(&mut self, count: usize) {
-        self.buffer.copy_within(count..self.filled, 0);
-        self.filled -= count;
+        self.start += count;
+        if self.start == self.filled {
+            (self.start, self.filled) = (0, 0);
+        }
     }
+}
+
+fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::TcpListener;
+
+    #[test]
+    fn a_connection_that_the_server_closed_is_opened_anew() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut connection = Connection::open(listener.local_addr().unwrap(), "t").unwrap();
+        drop(listener.accept().unwrap());
+        // The end has arrived before the call: nothing else can be read.
+        assert_eq!(connection.stream.peek(&mut [0]).unwrap(), 0);
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap();
+        });
+        assert_eq!(connection.count("/").unwrap().status, 204);
+        server.join().unwrap();
+    }
 
     fn serve(answers: Vec<&'static [u8]>) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

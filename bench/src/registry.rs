@@ -27,15 +27,23 @@ pub fn digest(bytes: &[u8]) -> String {
     text
 }
 
+/// A static busybox of this host.
+///
+/// # Errors
+/// There is none.
+pub fn busybox() -> Result<Vec<u8>> {
+    let path = BUSYBOX.iter().map(Path::new).find(|path| path.is_file());
+    let path =
+        path.ok_or_else(|| BenchError::Missing("busybox (package busybox-static) is not installed".into()))?;
+    fs::read(path).map_err(|error| BenchError::io("read busybox", error))
+}
+
 /// Pushes an image with busybox and returns the name under which instances find it.
 ///
 /// # Errors
 /// There is no static busybox here, or the server refuses.
 pub fn push_busybox(server: &Server) -> Result<String> {
-    let path = BUSYBOX.iter().map(Path::new).find(|path| path.is_file());
-    let path =
-        path.ok_or_else(|| BenchError::Missing("busybox (package busybox-static) is not installed".into()))?;
-    let program = fs::read(path).map_err(|error| BenchError::io("read busybox", error))?;
+    let program = busybox()?;
     let layer = busybox_layer(&program).map_err(|error| BenchError::io("make a layer", error))?;
     let mut unpacked = Vec::new();
     std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(layer.as_slice()), &mut unpacked)

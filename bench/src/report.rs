@@ -6,8 +6,10 @@ use std::path::Path;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
+use crate::calm::Calm;
 use crate::chart;
 use crate::error::BenchError;
+use crate::statistics::{Sample, milliseconds};
 
 /// What a number has to reach.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -123,6 +125,18 @@ impl Section {
             reference,
             goal,
         });
+    }
+
+    /// Adds the medians of runs taken in turns with their reference, in milliseconds. They are judged unless something
+    /// else decided them.
+    pub fn judged(&mut self, what: &str, ours: &Sample, reference: &Sample, goal: Goal, calm: &Calm) {
+        let disturbance = calm.disturbance(ours, reference);
+        let goal = if disturbance.is_some() { Goal::None } else { goal };
+        let [ours, reference] = [ours, reference].map(|runs| milliseconds(runs.median()));
+        self.row(what, "ms", ours, Some(reference), goal);
+        if let Some(reason) = disturbance {
+            self.note(format!("{what}: not judged: {reason}"));
+        }
     }
 
     /// Adds a remark.

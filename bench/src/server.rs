@@ -14,6 +14,7 @@ use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::http::{Answer, Connection};
 use crate::load::pause;
+use crate::place::Place;
 use crate::process;
 
 /// Longer than a start takes, also when the kernel's modules must be packed first.
@@ -40,11 +41,22 @@ impl Server {
     /// # Errors
     /// It does not come up; the error has the end of its log.
     pub fn start(context: &Context) -> Result<Self> {
+        Self::start_in(context, &Place::usual())
+    }
+
+    /// Starts a server on empty data in a certain place, which must outlive it.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_in(context: &Context, place: &Place) -> Result<Self> {
         context.need_hypeman()?;
-        let data = tempfile::Builder::new()
-            .prefix("hypeman-bench-")
-            .tempdir()
-            .map_err(|error| BenchError::io("make a data directory", error))?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("hypeman-bench-");
+        let data = match place.directory() {
+            Some(directory) => builder.tempdir_in(directory),
+            None => builder.tempdir(),
+        };
+        let data = data.map_err(|error| BenchError::io("make a data directory", error))?;
         let configuration = data.path().join("config.yaml");
         fs::write(&configuration, "").map_err(|error| BenchError::io("write a configuration", error))?;
         let mut environment = vec![

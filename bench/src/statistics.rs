@@ -22,6 +22,11 @@ impl Sample {
         self.sorted.len()
     }
 
+    /// All runs, the shortest first.
+    pub fn iter(&self) -> impl Iterator<Item = Duration> {
+        self.sorted.iter().copied()
+    }
+
     /// The middle run, or the mean of the two in the middle; zero without runs.
     pub fn median(&self) -> Duration {
         let middle = self.sorted.len() / 2;

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::in_each_place;
+use crate::calm::Calm;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
@@ -25,27 +27,31 @@ const RAW: &str = "memory.raw";
 const CHANGED: u64 = 16 * MEBIBYTE;
 
 pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
-    let server = Server::start(context)?;
-    let image = push_busybox(&server)?;
-    let mut api = server.connect()?;
     let most = SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0);
     let content = Content::read(most + 64)?;
     let repetitions = context.repetitions(10, 3);
-    for shape in SHAPES {
-        let mut bench = Bench {
-            server: &server,
-            api: &mut api,
-            image: &image,
-            content: &content,
-            repetitions,
-        };
-        if let Err(error) = bench
-            .pauses(section, shape)
-            .and_then(|()| bench.standbys(section, shape))
-        {
-            section.note(format!("{}: {error}", shape.name));
+    in_each_place(section, |section, place| {
+        let server = Server::start_in(context, place)?;
+        let image = push_busybox(&server)?;
+        let mut api = server.connect()?;
+        for shape in SHAPES {
+            let mut bench = Bench {
+                server: &server,
+                api: &mut api,
+                image: &image,
+                content: &content,
+                repetitions,
+                suffix: place.suffix,
+            };
+            if let Err(error) = bench
+                .pauses(section, shape)
+                .and_then(|()| bench.standbys(section, shape))
+            {
+                section.note(format!("{}{}: {error}", shape.name, place.suffix));
+            }
         }
-    }
+        Ok(())
+    })?;
     section.note(format!(
         "medians of {repetitions}; pause: as the instance's own log has it, reference: copying the guest's changed \
          memory at 2 GB/s; standby: from the call until its answer, reference: dd with conv=fsync of the pages that \
@@ -64,6 +70,7 @@ struct Bench<'a> {
     image: &'a str,
     content: &'a Content,
     repetitions: usize,
+    suffix: &'static str,
 }
 
 impl Bench<'_> {
@@ -80,7 +87,7 @@ impl Bench<'_> {
     /// A running guest is captured again and again.
     fn pauses(&mut self, section: &mut Section, shape: Shape) -> Result<()> {
         let id = self.boot(shape)?;
-        let (mut pauses, mut copies) = (Vec::new(), Vec::new());
+        let (mut pauses, mut copies, mut calm) = (Vec::new(), Vec::new(), Calm::default());
         for round in 0..=self.repetitions {
             let bytes = self.changed(&id, shape)?;
             let snapshot = guests::snapshot(self.api, &id, None)?;
@@ -89,38 +96,22 @@ impl Bench<'_> {
                 copies.push(Duration::from_secs_f64(bytes as f64 / COPY_RATE));
             }
             call(self.api, "DELETE", &format!("/snapshots/{snapshot}"), None, 204)?;
+            calm.look();
         }
         delete(self.api, &id)?;
         let [pauses, copies] = [pauses, copies].map(|runs| runs.into_iter().collect::<Sample>());
-        let name = format!("pause, {}", shape.name);
-        // A guest that stands still equally long each time was not held up by others.
-        let disturbed = pauses.percentile(75.0) > pauses.median().mul_f64(2.0);
-        section.row(
-            &name,
-            "ms",
-            milliseconds(pauses.median()),
-            Some(milliseconds(copies.median())),
-            if disturbed {
-                Goal::None
-            } else {
-                Goal::MoreByAtMost(15.0)
-            },
-        );
+        let name = format!("pause, {}{}", shape.name, self.suffix);
+        section.judged(&name, &pauses, &copies, Goal::MoreByAtMost(15.0), &calm);
         section.note(format!(
-            "{name}: {:.0} MiB to copy; longest {:.1} ms{}",
+            "{name}: {:.0} MiB to copy; longest {:.1} ms",
             copies.median().as_secs_f64() * COPY_RATE / MEBIBYTE as f64,
             milliseconds(pauses.percentile(100.0)),
-            if disturbed {
-                "; disturbed, so not judged"
-            } else {
-                ""
-            }
         ));
         Ok(())
     }
 
     fn standbys(&mut self, section: &mut Section, shape: Shape) -> Result<()> {
-        let (mut ours, mut peer) = (Vec::new(), Vec::new());
+        let (mut ours, mut peer, mut calm) = (Vec::new(), Vec::new(), Calm::default());
         let (mut written, mut changed) = (0, 0);
         let memory = self.server.data_directory().join("memory");
         for round in 0..=self.repetitions {
@@ -144,29 +135,14 @@ impl Bench<'_> {
                 changed += touched;
             }
             delete(self.api, &id)?;
+            calm.look();
         }
         let [ours, peer] = [ours, peer].map(|runs| runs.into_iter().collect::<Sample>());
-        let disturbed = peer.percentile(75.0) > peer.median().mul_f64(1.5);
-        let name = format!("standby, {}", shape.name);
-        section.row(
-            &name,
-            "ms",
-            milliseconds(ours.median()),
-            Some(milliseconds(peer.median())),
-            if disturbed {
-                Goal::None
-            } else {
-                Goal::RatioAtMost(1.2)
-            },
-        );
-        if disturbed {
-            section.note(format!(
-                "{name}: the disk's speed changed meanwhile, so not judged"
-            ));
-        }
+        let name = format!("standby, {}{}", shape.name, self.suffix);
+        section.judged(&name, &ours, &peer, Goal::RatioAtMost(1.2), &calm);
         let rounds = self.repetitions as f64 * MEBIBYTE as f64;
         section.row(
-            &format!("second standby, {}", shape.name),
+            &format!("second standby, {}{}", shape.name, self.suffix),
             "MiB",
             written as f64 / rounds,
             Some(changed as f64 / rounds),

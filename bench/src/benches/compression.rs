@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::restore::wait_until_compressed;
 use crate::bare_restore::record;
+use crate::calm::Calm;
 use crate::context::{Context, need_program};
 use crate::error::{BenchError, Result};
 use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
@@ -98,7 +99,7 @@ fn tools(context: &Context, section: &mut Section, shape: Shape, memory: &Memory
         (Codec::Lz4(1), &["lz4", "-q", "-f", "-1"]),
     ] {
         need_program(program[0])?;
-        let (mut ours, mut peer) = (Vec::new(), Vec::new());
+        let (mut ours, mut peer, mut calm) = (Vec::new(), Vec::new(), Calm::default());
         let (mut stored, mut peer_stored) = (0, 0);
         for _ in 0..rounds {
             let output = folder.path().join("peer");
@@ -107,26 +108,24 @@ fn tools(context: &Context, section: &mut Section, shape: Shape, memory: &Memory
             let (took, bytes) = compressed_by_us(&folder.path().join("store"), memory, codec)?;
             ours.push(took);
             stored = bytes;
+            calm.look();
         }
         let [ours, peer] = [ours, peer].map(|runs| runs.into_iter().collect::<Sample>());
         let rate = |took: Duration| memory.0.len() as f64 / 1e6 / took.as_secs_f64();
-        let disturbed = peer.percentile(75.0) > peer.median().mul_f64(1.5);
+        let disturbance = calm.disturbance(&ours, &peer);
         let name = format!("{}, {}", program.join(" "), shape.name);
         section.row(
             &name,
             "MB/s",
             rate(ours.median()),
             Some(rate(peer.median())),
-            if disturbed {
-                Goal::None
-            } else {
-                Goal::RatioAtLeast(0.9)
+            match disturbance {
+                Some(_) => Goal::None,
+                None => Goal::RatioAtLeast(0.9),
             },
         );
-        if disturbed {
-            section.note(format!(
-                "{name}: disturbed by other work on this machine, so not judged"
-            ));
+        if let Some(reason) = disturbance {
+            section.note(format!("{name}: not judged: {reason}"));
         }
         section.row(
             &format!("{name}, stored"),

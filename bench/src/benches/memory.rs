@@ -63,8 +63,8 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     Ok(())
 }
 
-/// Memory after the last request's buffers had time to go.
-fn settled(server: &Server) -> Result<(u64, u64)> {
+/// Memory after the last request's buffers had time to go, in KiB: all of it, and what no file backs.
+pub(super) fn settled(server: &Server) -> Result<(u64, u64)> {
     pause(Duration::from_secs(2));
     resident_kib(server.process())
 }

@@ -10,18 +10,20 @@ mod memory;
 mod restore;
 mod seed;
 mod snapshots;
+mod virsh;
 
 pub use convert::convert_once;
 
 use crate::context::Context;
 use crate::error::{BenchError, Result};
+use crate::place::Place;
 use crate::report::Section;
 
 /// Runs one bench.
 type Run = fn(&Context, &mut Section) -> Result<()>;
 
 /// All benches: name, what is measured against what, and the code.
-pub const ALL: [(&str, &str, Run); 10] = [
+pub const ALL: [(&str, &str, Run); 11] = [
     (
         "boot",
         "create to Running, against bare QEMU booting the same kernel to an init that exits",
@@ -67,6 +69,11 @@ pub const ALL: [(&str, &str, Run); 10] = [
         "compressing memory, against zstd and lz4 on the same bytes; ten snapshots of one guest",
         compression::run,
     ),
+    (
+        "virsh",
+        "save, restore and snapshot of a running guest, against libvirt with the same QEMU and guest",
+        virsh::run,
+    ),
     ("memory", "resident memory of the server", memory::run),
 ];
 
@@ -88,6 +95,21 @@ pub fn run(name: &'static str, title: &str, bench: Run, context: &Context) -> Se
         Err(error) => section.skipped = Some(format!("failed: {error}")),
     }
     section
+}
+
+/// Measures where temporary files usually are, and on a file system whose files share blocks, where that can be had.
+fn in_each_place(
+    section: &mut Section,
+    mut measure: impl FnMut(&mut Section, &Place) -> Result<()>,
+) -> Result<()> {
+    measure(section, &Place::usual())?;
+    match Place::sharing() {
+        Ok(place) => measure(section, &place),
+        Err(reason) => {
+            section.note(format!("XFS with shared blocks was skipped: {reason}"));
+            Ok(())
+        }
+    }
 }
 
 /// Processes that wanted to run, on average over the last minute.

@@ -4,12 +4,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::in_each_place;
 use crate::bare_restore::BareVmms;
+use crate::calm::Calm;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
 use crate::http::Connection;
 use crate::load::pause;
+use crate::place::Place;
 use crate::registry::push_busybox;
 use crate::remote;
 use crate::report::{Goal, Section};
@@ -29,11 +32,12 @@ struct Bench<'a> {
     image: String,
     content: Content,
     bare: BareVmms,
+    suffix: &'static str,
 }
 
 impl<'a> Bench<'a> {
-    fn new(context: &'a Context) -> Result<Self> {
-        let server = Server::start(context)?;
+    fn new(context: &'a Context, place: &Place) -> Result<Self> {
+        let server = Server::start_in(context, place)?;
         let image = push_busybox(&server)?;
         Ok(Self {
             context,
@@ -41,7 +45,8 @@ impl<'a> Bench<'a> {
             server,
             image,
             content: Content::read(SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0))?,
-            bare: BareVmms::new()?,
+            bare: BareVmms::new(place)?,
+            suffix: place.suffix,
         })
     }
 
@@ -91,32 +96,17 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// A row, not judged when something else than the two decided.
-fn judged(section: &mut Section, name: &str, ours: &Sample, bare: &Sample, goal: Goal) {
-    let disturbed = is_disturbed(ours, bare);
-    let goal = if disturbed { Goal::None } else { goal };
-    let (ours, bare) = (milliseconds(ours.median()), milliseconds(bare.median()));
-    section.row(name, "ms", ours, Some(bare), goal);
-    if disturbed {
-        section.note(format!(
-            "{name}: disturbed by other work on this machine, so not judged"
-        ));
-    }
-}
-
-/// Nothing is faster than the bare machine, and the bare machine always takes about the same.
-fn is_disturbed(ours: &Sample, bare: &Sample) -> bool {
-    ours.median() < bare.median() || bare.percentile(75.0) > bare.median().mul_f64(1.5)
-}
-
 pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
-    let mut bench = Bench::new(context)?;
     let repetitions = context.repetitions(11, 3);
-    for shape in SHAPES {
-        if let Err(error) = standby_rows(&mut bench, section, shape, repetitions) {
-            section.note(format!("{}: {error}", shape.name));
+    in_each_place(section, |section, place| {
+        let mut bench = Bench::new(context, place)?;
+        for shape in SHAPES {
+            if let Err(error) = standby_rows(&mut bench, section, shape, repetitions) {
+                section.note(format!("{}{}: {error}", shape.name, place.suffix));
+            }
         }
-    }
+        Ok(())
+    })?;
     section.note(format!(
         "medians of {repetitions}, taken in turns, one vCPU, no network; from the call until /bin/true has run; \
          reference: a bare VMM that resumes the same state, from its start until its agent has run /bin/true"
@@ -129,6 +119,7 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
 
 fn standby_rows(bench: &mut Bench, section: &mut Section, shape: Shape, repetitions: usize) -> Result<()> {
     let (mut raw, mut bare, mut layered) = (Vec::new(), Vec::new(), Vec::new());
+    let mut calm = Calm::default();
     for round in 0..=repetitions {
         let id = bench.boot("bench-restore", shape)?;
         guests::standby(&mut bench.api, &id)?;
@@ -145,23 +136,12 @@ fn standby_rows(bench: &mut Bench, section: &mut Section, shape: Shape, repetiti
             bare.push(reference);
             layered.push(second);
         }
+        calm.look();
     }
     let [raw, bare, layered] = [raw, bare, layered].map(|runs| runs.into_iter().collect::<Sample>());
-    judged(
-        section,
-        &format!("raw, {}", shape.name),
-        &raw,
-        &bare,
-        Goal::MoreByAtMost(25.0),
-    );
-    let name = format!("raw and a layer, {}", shape.name);
-    section.row(
-        &name,
-        "ms",
-        milliseconds(layered.median()),
-        Some(milliseconds(bare.median())),
-        Goal::None,
-    );
+    let name = |what: &str| format!("{what}, {}{}", shape.name, bench.suffix);
+    section.judged(&name("raw"), &raw, &bare, Goal::MoreByAtMost(25.0), &calm);
+    section.judged(&name("raw and a layer"), &layered, &bare, Goal::None, &calm);
     framed_row(bench, section, shape, &raw, repetitions)
 }
 
@@ -174,6 +154,7 @@ fn framed_row(
     repetitions: usize,
 ) -> Result<()> {
     let (mut ours, mut expansion) = (Vec::new(), Vec::new());
+    let mut calm = Calm::default();
     for round in 0..=repetitions {
         let id = bench.boot("bench-framed", shape)?;
         guests::standby(&mut bench.api, &id)?;
@@ -195,31 +176,19 @@ fn framed_row(
         delete(&mut bench.api, &id)?;
         bench.forget(&framed)?;
         bench.forget(&plain)?;
+        calm.look();
     }
     let [ours, expansion] = [ours, expansion].map(|runs| runs.into_iter().collect::<Sample>());
-    let limit = raw.median().mul_f64(1.5) + expansion.median();
-    let disturbed = ours.median() < raw.median();
-    let goal = if disturbed {
-        Goal::None
-    } else {
-        Goal::RatioAtMost(1.0)
-    };
-    let name = format!("framed, {}", shape.name);
-    section.row(
-        &name,
-        "ms",
-        milliseconds(ours.median()),
-        Some(milliseconds(limit)),
-        goal,
-    );
+    let expanding = expansion.median();
+    let limit = raw
+        .iter()
+        .map(|run| run.mul_f64(1.5) + expanding)
+        .collect::<Sample>();
+    let name = format!("framed, {}{}", shape.name, bench.suffix);
+    section.judged(&name, &ours, &limit, Goal::RatioAtMost(1.0), &calm);
     section.note(format!(
-        "{name}: reference is 1.5 times raw and {:.1} ms of expanding what is not zero on all cores{}",
-        milliseconds(expansion.median()),
-        if disturbed {
-            "; disturbed, so not judged"
-        } else {
-            ""
-        }
+        "{name}: reference is 1.5 times raw and {:.1} ms of expanding what is not zero on all cores",
+        milliseconds(expanding),
     ));
     Ok(())
 }
@@ -275,12 +244,15 @@ fn expanded(memory: &[u8]) -> Result<Duration> {
 
 /// Forks: one, many at once, and what an idle one costs.
 pub(super) fn forks(context: &Context, section: &mut Section) -> Result<()> {
-    let mut bench = Bench::new(context)?;
-    for shape in SHAPES {
-        if let Err(error) = fork_rows(&mut bench, section, shape) {
-            section.note(format!("{}: {error}", shape.name));
+    in_each_place(section, |section, place| {
+        let mut bench = Bench::new(context, place)?;
+        for shape in SHAPES {
+            if let Err(error) = fork_rows(&mut bench, section, shape) {
+                section.note(format!("{}{}: {error}", shape.name, place.suffix));
+            }
         }
-    }
+        Ok(())
+    })?;
     section.note(
         "from the call until /bin/true has run in each; reference: bare VMMs resumed from the same state, their disks \
          copied beforehand; a fork also gets another identity",
@@ -295,7 +267,7 @@ fn fork_rows(bench: &mut Bench, section: &mut Section, shape: Shape) -> Result<(
     const MANY: usize = 20;
     let snapshot = bench.kept(shape)?;
     let repetitions = bench.context.repetitions(11, 3);
-    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    let (mut ours, mut bare, mut calm) = (Vec::new(), Vec::new(), Calm::default());
     for round in 0..=repetitions {
         let (took, ids) = fork(bench, &snapshot, 1)?;
         for id in ids {
@@ -306,17 +278,13 @@ fn fork_rows(bench: &mut Bench, section: &mut Section, shape: Shape) -> Result<(
             ours.push(took);
             bare.push(reference);
         }
+        calm.look();
     }
     let [ours, bare] = [ours, bare].map(|runs| runs.into_iter().collect::<Sample>());
-    judged(
-        section,
-        &format!("one, {}", shape.name),
-        &ours,
-        &bare,
-        Goal::MoreByAtMost(25.0),
-    );
+    let name = format!("one, {}{}", shape.name, bench.suffix);
+    section.judged(&name, &ours, &bare, Goal::MoreByAtMost(25.0), &calm);
 
-    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    let (mut ours, mut bare, mut calm) = (Vec::new(), Vec::new(), Calm::default());
     let mut costs = (0, 0);
     for _ in 0..if bench.context.quick { 1 } else { 5 } {
         let (took, ids) = fork(bench, &snapshot, MANY)?;
@@ -332,21 +300,23 @@ fn fork_rows(bench: &mut Bench, section: &mut Section, shape: Shape) -> Result<(
             delete(&mut bench.api, &id)?;
         }
         bare.push(bench.bare.of(&bench.server, &snapshot)?.restore(MANY)?);
+        calm.look();
     }
     let [ours, bare] = [ours, bare].map(|runs| runs.into_iter().collect::<Sample>());
-    let name = format!("{MANY} at once, {}", shape.name);
-    judged(section, &name, &ours, &bare, Goal::RatioAtMost(1.2));
+    let name = format!("{MANY} at once, {}{}", shape.name, bench.suffix);
+    section.judged(&name, &ours, &bare, Goal::RatioAtMost(1.2), &calm);
     let mebibytes = |bytes: u64| bytes as f64 / MEBIBYTE as f64;
     section.row(
-        &format!("private memory of each, {}", shape.name),
+        &format!("private memory of each, {}{}", shape.name, bench.suffix),
         "MiB",
         mebibytes(costs.0),
         Some(shape.memory as f64),
         Goal::RatioAtMost(0.1),
     );
     section.note(format!(
-        "{}: {:.1} MiB of each fork's private memory are the guest's; reference: the guest's size",
+        "{}{}: {:.1} MiB of each fork's private memory are the guest's; reference: the guest's size",
         shape.name,
+        bench.suffix,
         mebibytes(costs.1)
     ));
     bench.forget(&snapshot)

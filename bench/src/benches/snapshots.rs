@@ -1,4 +1,4 @@
-//! How long lists of a hundred thousand snapshots take: by source, by tag, a page, and whole.
+//! How long lists of a hundred thousand snapshots take: by source, by tag, a page, and whole; what they cost in memory.
 //!
 //! One real snapshot is taken by the API and its row multiplied in the store while the server is away.
 
@@ -11,6 +11,7 @@ use hypeman_store::snapshots::{Filter, Key, Listed, insert, list};
 use hypeman_store::{Store, StoreError};
 use serde_json::{Value, json};
 
+use super::memory::settled;
 use super::seed::stopped_instance;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
@@ -26,7 +27,7 @@ const GROUPS: usize = STORED / 100;
 const PACE: Duration = Duration::from_millis(20);
 
 pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
-    let server = seeded(Server::start(context)?)?;
+    let server = seeded(Server::start(context)?, section)?;
     let duration = Duration::from_secs(if context.quick { 3 } else { 20 });
     let source = format!("/snapshots?source_instance_id={}", group_id(7));
     for (name, path) in [
@@ -88,8 +89,8 @@ fn whole(context: &Context, server: &Server, section: &mut Section) -> Result<()
     Ok(())
 }
 
-/// A server with [`STORED`] snapshots.
-fn seeded(server: Server) -> Result<Server> {
+/// A server with [`STORED`] snapshots, and what they cost in its memory.
+fn seeded(server: Server, section: &mut Section) -> Result<Server> {
     let (id, _) = stopped_instance(&server)?;
     let mut api = server.connect()?;
     let request = json!({"kind": "Stopped", "name": "seed"});
@@ -101,7 +102,13 @@ fn seeded(server: Server) -> Result<Server> {
         201,
     )?;
     drop(api);
+    // A server that has just started, with one and with many.
+    let server = server.restart(|_| Ok(()))?;
+    let (_, few) = settled(&server)?;
     let server = server.restart(multiply)?;
+    let (_, many) = settled(&server)?;
+    let each = (many as f64 - few as f64) / (STORED - 1) as f64;
+    section.row("memory of each", "KiB", each, None, Goal::AtMost(1.5));
     let list = call(&mut server.connect()?, "GET", "/snapshots", None, 200)?;
     match list.as_array().map(Vec::len) {
         Some(STORED) => Ok(server),
