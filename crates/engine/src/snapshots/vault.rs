@@ -267,8 +267,9 @@ impl Vault {
         let last = lineage.last.as_deref().map(parse).transpose()?;
         let store = self.store.clone();
         let captured = blocking(move || {
-            let last = last.filter(|last| store.contains(*last));
-            let parent = last.or(base);
+            // Nobody may need the last one any more. A sweep takes it before we have it, or not at all.
+            let last = last.and_then(|last| store.hold(last).ok());
+            let parent = last.as_ref().map(hypeman_snapshots::Hold::id).or(base);
             let elsewhere = if base.is_some() {
                 Elsewhere::Parent
             } else {
@@ -499,3 +500,6 @@ impl Vault {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
