@@ -49,7 +49,9 @@ pub(crate) async fn shares_blocks(directory: &Path) -> Result<bool, EngineError>
     let probe = [".probe-a-", ".probe-b-"].map(|prefix| directory.join(format!("{prefix}{name}")));
     blocking_io("look at the file system", move || {
         let try_it = || -> io::Result<bool> {
-            let from = create_new(&probe[0])?;
+            create_new(&probe[0])?;
+            // Blocks are shared with who may read them, not with who may only write.
+            let from = File::open(&probe[0])?;
             Ok(ioctl_ficlone(create_new(&probe[1])?, from).is_ok())
         };
         let able = try_it();
