@@ -311,6 +311,24 @@ mod tests {
 
     use super::*;
 
+    #[tokio::test]
+    async fn blocks_are_shared_where_cp_shares_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let [source, target] = ["source", "target"].map(|name| directory.path().join(name));
+        std::fs::write(&source, [1; 8192]).unwrap();
+        let copied = Command::new("cp")
+            .arg("--reflink=always")
+            .args([&source, &target])
+            .output()
+            .unwrap();
+        let able = shares_blocks(directory.path()).await.unwrap();
+        assert_eq!(able, copied.status.success());
+        assert_eq!(
+            reflink(source, directory.path().join("other")).await.is_ok(),
+            able
+        );
+    }
+
     #[test]
     fn templates_stay_while_an_instance_has_their_size() {
         let directory = tempfile::tempdir().unwrap();
