@@ -118,8 +118,12 @@ impl Section {
 
     /// Adds a number.
     pub fn row(&mut self, what: &str, unit: &'static str, ours: f64, reference: Option<f64>, goal: Goal) {
+        let name = format!("{}/{what}", self.name);
+        // A run may take long, or be ended before its table is drawn.
+        let beside = reference.map(|reference| format!(", reference {}", number(reference)));
+        eprintln!("  {name}: {} {unit}{}", number(ours), beside.unwrap_or_default());
         self.rows.push(Row {
-            name: format!("{}/{what}", self.name),
+            name,
             unit,
             ours,
             reference,
