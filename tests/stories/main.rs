@@ -30,5 +30,5 @@ mod papers;
 mod registry;
 mod service;
 mod snapshots;
-mod snapshots_travel;
 mod snapshots_sharing;
+mod snapshots_travel;

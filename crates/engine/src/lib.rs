@@ -45,7 +45,7 @@ pub use options::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptio
 pub use resources::{DiskUse, ResourceReport, Usage};
 pub use snapshots::{
     Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot,
-    ListedSnapshot, MemorySummary, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotExport, SnapshotFilter,
-    SnapshotKind, SnapshotPolicy, SnapshotRecord, SnapshotRequest, SnapshotSummary, SnapshotUsage,
-    StandbyRequest, VerifyProgress,
+    ListedSnapshot, MemorySummary, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotExport,
+    SnapshotFilter, SnapshotKind, SnapshotPolicy, SnapshotRecord, SnapshotRequest, SnapshotSummary,
+    SnapshotUsage, StandbyRequest, VerifyProgress,
 };
