@@ -8,6 +8,8 @@
 //!                 └─ messages   one request a stream, then what it needs        (message)
 //! ```
 //!
+//! What the workload prints takes a way of its own: a port where there is one, else [`workload_log`].
+//!
 //! The host is the yamux client and the only side that opens streams. Evolution is additive: unknown
 //! fields are ignored, an unknown request is answered with [`RefusalCode::Unsupported`].
 
@@ -38,6 +40,7 @@ pub use message::{
 };
 
 pub mod mux;
+pub mod workload_log;
 
 /// Name of the virtio-serial port that carries the channel on QEMU.
 pub const AGENT_PORT_NAME: &str = "hypeman.agent.0";
@@ -47,3 +50,6 @@ pub const LOG_PORT_NAME: &str = "hypeman.log.0";
 
 /// vsock port on which the agent listens where the machine has a vsock device.
 pub const AGENT_VSOCK_PORT: u32 = 2222;
+
+/// vsock port on which the host takes what the workload prints, see [`workload_log`].
+pub const LOG_VSOCK_PORT: u32 = 2223;
