@@ -13,7 +13,7 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     ("erofs", &[]),
     ("images", &["core", "erofs"]),
     ("snapshots", &[]),
-    ("vmm", &["core"]),
+    ("vmm", &["core", "guest-api"]),
     ("network", &["core"]),
     ("kernel", &["core"]),
     ("guest-api", &["core"]),

@@ -8,6 +8,7 @@
 //! - A VMM process is its own session leader and survives the server; [`Vmm::adopt`] takes it back.
 //! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
 
+mod files;
 mod machine;
 mod memory;
 mod probe;
@@ -15,6 +16,7 @@ mod process;
 mod qemu;
 mod registry;
 mod spec;
+mod workload_log;
 
 pub use machine::{
     Capabilities, DiskCopies, DiskCopy, ExitCause, ExitKind, Feature, Machine, MachineStats, Patch, Restore,
@@ -24,3 +26,4 @@ pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};
 pub use registry::{VmmOptions, Vmms};
 pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, MemoryBacking, Nic};
+pub use workload_log::WorkloadLog;

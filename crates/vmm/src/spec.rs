@@ -29,7 +29,8 @@ pub struct MachineSpec {
     /// Network interface, if any.
     pub nic: Option<Nic>,
     /// File that receives what the workload prints (binary safe, appended). The driver connects it to the
-    /// guest's log port; it keeps receiving while the server is down.
+    /// guest's log port, and it keeps receiving while the server is down; without such a port the guest keeps
+    /// what is printed meanwhile, see [`WorkloadLog`](crate::WorkloadLog).
     pub workload_log: PathBuf,
     /// File that receives the kernel console and the VMM's own standard output and error (appended). What a
     /// restored VMM says itself is kept in memory, at most 64 KiB of it.

@@ -14,6 +14,7 @@ use super::arguments::{AGENT_SOCKET, CONSOLE_CHARDEV, LOG_CHARDEV, MEBIBYTE, PID
 use super::console::Console;
 use super::control::{COMMAND_DEADLINE, Control};
 use super::{capture, copies, restore};
+use crate::files::append_only;
 use crate::process::{Ended, resident_and_cpu};
 use crate::{
     AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
@@ -65,7 +66,7 @@ impl QemuMachine {
         let mut fresh = path.as_os_str().to_owned();
         fresh.push(".new");
         let fresh = PathBuf::from(fresh);
-        super::append_only(&fresh)?;
+        append_only(&fresh)?;
         let out = super::arguments::text(&fresh)?;
         let backend = json!({ "type": "file", "data": { "out": out, "append": true } });
         self.command(

@@ -23,10 +23,9 @@ mod qmp;
 mod restore;
 mod words;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,6 +41,7 @@ use self::control::Control;
 use self::machine::QemuMachine;
 use self::restore::StatePipe;
 use self::words::Words;
+use crate::files::{append_only, io_error};
 use crate::process::{Detached, ProcessHandle, processes_with_argument, spawn_detached};
 use crate::{
     Capabilities, Feature, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore, StateIdentity, Vmm,
@@ -301,25 +301,4 @@ fn listen(path: &Path) -> Result<OwnedFd, VmmError> {
     UnixListener::bind(path)
         .map(OwnedFd::from)
         .map_err(io_error("cannot listen on", path))
-}
-
-fn append_only(path: &Path) -> Result<File, VmmError> {
-    if let Some(parent) = path.parent() {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(parent)
-            .map_err(io_error("cannot make", parent))?;
-    }
-    File::options()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(io_error("cannot open", path))
-}
-
-fn io_error(context: &str, path: &Path) -> impl FnOnce(std::io::Error) -> VmmError {
-    let context = format!("{context} {}", path.display());
-    move |source| VmmError::Io { context, source }
 }
