@@ -3,6 +3,12 @@
 //! Programs get a pipe and not the port itself: the port can be opened only once, and images open
 //! `/dev/stdout` again (a link to their own output). Pages move from the pipe to the port without being copied
 //! through us. An init of an image gets a terminal as its console.
+//!
+//! ```text
+//! program ── pipe ──┬─► log port (QEMU): it writes the host's file itself
+//! init ── terminal ─┼─► the host, by vsock, which may have to wait for it: see [`log_stream`]
+//!                   └─► the kernel's console, where there is neither
+//! ```
 
 use std::{
     fs::File,
@@ -17,7 +23,12 @@ use rustix::{
 };
 use tokio::sync::watch;
 
-use super::port;
+use hypeman_guest_api::LOG_VSOCK_PORT;
+
+use super::{
+    log_stream::{self, WhenFull},
+    port, vsock,
+};
 
 const PIPE_BYTES: usize = 256 * 1024;
 
@@ -29,23 +40,33 @@ const MAXIMUM_SPLICED: usize = 1 << 20;
 /// the list, also when the length let it fill only a part: the rest is garbage that breaks the whole device.
 const WHOLE_PIPE: usize = 1 << 30;
 
-/// Where output goes: the log port, else the console.
-pub(super) struct Sink(File);
+/// Where output goes.
+pub(super) enum Sink {
+    /// The log port, or the console.
+    Device(File),
+    /// The host, reached by vsock.
+    Host,
+}
 
 impl Sink {
     pub(super) fn open() -> io::Result<Sink> {
         match port::open_log_port() {
-            Some(port) => Ok(Sink(port)),
-            None => Ok(Sink(File::options().write(true).open("/dev/console")?)),
+            Some(port) => Ok(Sink::Device(port)),
+            None if vsock::is_present() => Ok(Sink::Host),
+            None => Ok(Sink::Device(File::options().write(true).open("/dev/console")?)),
         }
     }
+}
+
+fn send_to_host(source: &OwnedFd, when_full: WhenFull) {
+    log_stream::carry(source, when_full, || vsock::dial(LOG_VSOCK_PORT));
 }
 
 /// A pipe whose content goes to the sink.
 pub(super) struct Output {
     /// For programs.
     pub(super) writer: OwnedFd,
-    /// Turns true when the last writer is gone and all is written.
+    /// Turns true when the last writer is gone and all is written, by the host where it is the one that writes.
     pub(super) drained: watch::Receiver<bool>,
 }
 
@@ -59,7 +80,10 @@ impl Output {
             .name("output".into())
             .stack_size(64 * 1024)
             .spawn(move || {
-                move_all(&reader, &sink.0);
+                match &sink {
+                    Sink::Device(device) => move_all(&reader, device),
+                    Sink::Host => send_to_host(&reader, WhenFull::Wait),
+                }
                 done.send_replace(true);
             })?;
         Ok(Output { writer, drained })
@@ -95,24 +119,30 @@ fn write_all(mut sink: &File, data: &[u8]) -> Result<(), Errno> {
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
-/// Copies what an init prints on its console. Held open here for ever, so that it never hangs up.
+/// Takes what an init prints on its console. Held open here for ever, so that it never hangs up. Losing output is
+/// better than stopping the init, and with it the machine.
 pub(super) fn follow_terminal(master: OwnedFd, slave: File, sink: Sink) -> io::Result<()> {
     std::thread::Builder::new()
         .name("console".into())
         .stack_size(64 * 1024)
         .spawn(move || {
             let _slave = slave;
-            let mut master = File::from(master);
-            let mut buffer = vec![0; 16 * 1024];
-            loop {
-                match master.read(&mut buffer) {
-                    Ok(0) => return,
-                    // Losing output is better than stopping the init.
-                    Ok(count) => drop(write_all(&sink.0, &buffer[..count])),
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(_) => return,
-                }
+            match &sink {
+                Sink::Device(device) => copy_all(&mut File::from(master), device),
+                Sink::Host => send_to_host(&master, WhenFull::Lose),
             }
         })?;
     Ok(())
+}
+
+fn copy_all(master: &mut File, sink: &File) {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        match master.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => drop(write_all(sink, &buffer[..count])),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
 }

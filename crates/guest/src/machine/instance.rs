@@ -33,8 +33,8 @@ use crate::{
 /// How long the host may take to hear of the end.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
-/// How long killed processes may hold on to the output.
-const DRAIN: Duration = Duration::from_secs(2);
+/// How long killed processes may hold on to the output, and a host that has to take it may be away.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// Time for the answer to a request to reach the host before the machine goes down.
 const ANSWER_LEAVES: Duration = Duration::from_millis(20);

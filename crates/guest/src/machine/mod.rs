@@ -12,6 +12,7 @@ mod ending;
 mod handover;
 mod identity;
 mod instance;
+mod log_stream;
 mod modules;
 mod network;
 mod port;
