@@ -8,13 +8,22 @@
 //! - A VMM process is its own session leader and survives the server; [`Vmm::adopt`] takes it back.
 //! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
 
+mod binaries;
+mod console;
+mod disk_copies;
 mod files;
+mod firecracker;
+mod gate;
+mod kernel_arguments;
 mod machine;
 mod memory;
 mod probe;
 mod process;
 mod qemu;
+mod ranges;
 mod registry;
+mod rest;
+mod socket;
 mod spec;
 mod workload_log;
 

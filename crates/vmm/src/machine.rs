@@ -210,6 +210,8 @@ pub type Patch = Box<dyn FnOnce(&GuestMemory) -> io::Result<()> + Send>;
 
 /// What makes a fresh process the captured machine.
 pub struct Restore {
+    /// What the device state needs; one of [`Vmm::state_identities`].
+    pub identity: StateIdentity,
     /// From [`Machine::save_devices`], verified by the caller.
     pub device_state: Vec<u8>,
     /// Pages that differ from [`MachineSpec::memory`]. Runs on a thread that may block.
@@ -220,6 +222,7 @@ impl fmt::Debug for Restore {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("Restore")
+            .field("identity", &self.identity)
             .field("device_state_bytes", &self.device_state.len())
             .field("has_patch", &self.patch.is_some())
             .finish()
@@ -277,14 +280,16 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
     /// captured; paths, the TAP and the MAC may differ (the guest keeps the old MAC until it is told another).
     async fn restore(&self, spec: &MachineSpec, restore: Restore) -> Result<Box<dyn Machine>, VmmError>;
 
-    /// What a device state that is written here now needs to be loaded again.
-    async fn state_identity(&self) -> Result<StateIdentity, VmmError>;
+    /// Which device states can be loaded here. The first is what new machines write.
+    async fn state_identities(&self) -> Result<Vec<StateIdentity>, VmmError>;
 
-    /// Takes back a machine that another server process started. `Gone` when no such process lives.
+    /// Takes back a machine that another server process started, with what its [`Machine::state_identity`] was.
+    /// `Gone` when no such process lives.
     async fn adopt(
         &self,
         spec: &MachineSpec,
         process: &ProcessIdentity,
+        identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError>;
 
     /// Processes of this kind of VMM that were started for this runtime directory, recorded or not. Recovery
@@ -300,6 +305,10 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
 pub trait Machine: Send + Sync + std::fmt::Debug {
     /// The VMM process.
     fn process(&self) -> &ProcessIdentity;
+
+    /// What a device state of this machine needs to be loaded again: the binary on the disk may be another one by now.
+    /// `None` where nobody remembers.
+    fn state_identity(&self) -> Option<&StateIdentity>;
 
     /// Where the guest's agent answers.
     fn agent_channel(&self) -> AgentChannel;
@@ -322,8 +331,14 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// Where guest memory lies. Its contents are of one instant only while the machine is paused.
     async fn guest_memory(&self) -> Result<GuestMemory, VmmError>;
 
-    /// The state of all devices and processors of a paused machine. Guest memory is not in it, and may be copied
-    /// meanwhile.
+    /// Whether guest memory stands still while [`Machine::save_devices`] is under way, so that both can be taken at
+    /// once. Else memory is taken after it.
+    fn memory_rests_while_saving(&self) -> bool {
+        true
+    }
+
+    /// The state of all devices and processors of a paused machine. Guest memory is not in it; from the end of this
+    /// call until [`Machine::resume`] nothing changes it.
     async fn save_devices(&self) -> Result<Vec<u8>, VmmError>;
 
     /// Opens the targets of copies and writes back what the host has cached of the disks, so that the pause, with
@@ -350,6 +365,12 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
     /// No byte is lost or written twice.
     async fn reopen_workload_log(&self) -> Result<(), VmmError>;
+
+    /// Whether the VMM writes its log to the file that it was started with for ever, so that
+    /// [`Machine::reopen_vmm_log`] is not possible and the file has to be emptied instead.
+    fn keeps_vmm_log(&self) -> bool {
+        false
+    }
 
     /// The same for the kernel console in the VMM log. What the VMM itself prints stays in the old file.
     async fn reopen_vmm_log(&self) -> Result<(), VmmError>;

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::firecracker::Firecracker;
+use crate::gate::KvmGate;
 use crate::qemu::{Board, Qemu, QemuHost};
 use crate::{Accelerator, Capabilities, Vmm, VmmKind};
 
@@ -12,6 +14,14 @@ use crate::{Accelerator, Capabilities, Vmm, VmmKind};
 pub struct VmmOptions {
     /// The QEMU binary, instead of a search.
     pub qemu_binary: Option<PathBuf>,
+    /// The Cloud Hypervisor binary for new machines, instead of a search.
+    pub cloud_hypervisor_binary: Option<PathBuf>,
+    /// The Firecracker binary for new machines, instead of a search.
+    pub firecracker_binary: Option<PathBuf>,
+    /// Holds further versions, as `PROGRAM/VERSION/PROGRAM`, for memory that they have captured.
+    pub versions_directory: Option<PathBuf>,
+    /// Take KVM for good without the experiment. For hosts whose KVM runs only kernels that were made for it.
+    pub trust_kvm: bool,
     /// The accelerator, instead of the experiment's choice.
     pub accelerator: Option<Accelerator>,
     /// Directories to search for binaries; empty: those of `$PATH` and the system's own.
@@ -31,7 +41,7 @@ pub struct Vmms {
 impl Vmms {
     /// Sets up the drivers. Does not start anything: probing happens when first asked.
     pub fn detect(options: VmmOptions) -> Self {
-        let mut search_path = options.search_path;
+        let mut search_path = options.search_path.clone();
         if search_path.is_empty() {
             search_path = std::env::var_os("PATH")
                 .iter()
@@ -40,19 +50,20 @@ impl Vmms {
             search_path.extend(["/usr/local/bin", "/usr/bin", "/usr/libexec"].map(PathBuf::from));
         }
         let host = Arc::new(QemuHost::new(
-            options.qemu_binary,
+            options.qemu_binary.clone(),
             search_path.clone(),
             options.accelerator,
-            options.cache_directory,
+            options.cache_directory.clone(),
         ));
-        let drivers = [Board::Q35, Board::Microvm]
+        let kvm = KvmGate::new(Arc::clone(&host), options.trust_kvm);
+        let drivers: [Arc<dyn Vmm>; 3] = [
+            Arc::new(Firecracker::new(&options, search_path.clone(), kvm)),
+            Arc::new(Qemu::new(Board::Q35, Arc::clone(&host))),
+            Arc::new(Qemu::new(Board::Microvm, Arc::clone(&host))),
+        ];
+        let drivers = drivers
             .into_iter()
-            .map(|board| {
-                (
-                    board.kind(),
-                    Arc::new(Qemu::new(board, Arc::clone(&host))) as Arc<dyn Vmm>,
-                )
-            })
+            .map(|driver| (driver.kind(), driver))
             .collect();
         Self {
             drivers,
@@ -104,12 +115,13 @@ impl Vmms {
         };
         match kind {
             VmmKind::CloudHypervisor => not_driven("Cloud Hypervisor", "cloud-hypervisor"),
-            VmmKind::Firecracker => not_driven("Firecracker", "firecracker"),
             VmmKind::Vz if cfg!(target_os = "macos") => {
                 "Apple's Virtualization framework is not driven by this version yet".to_owned()
             }
             VmmKind::Vz => "Apple's Virtualization framework exists on macOS only".to_owned(),
-            VmmKind::Qemu | VmmKind::QemuMicrovm => "there is no driver for it".to_owned(),
+            VmmKind::Firecracker | VmmKind::Qemu | VmmKind::QemuMicrovm => {
+                "there is no driver for it".to_owned()
+            }
         }
     }
 }
@@ -142,7 +154,7 @@ mod tests {
         };
         assert!(reason(VmmKind::Qemu).contains("install the package"));
         assert!(reason(VmmKind::QemuMicrovm).contains("install the package"));
-        assert!(reason(VmmKind::Firecracker).contains("does not drive it yet"));
+        assert!(reason(VmmKind::Firecracker).contains("cannot be used"));
         assert!(reason(VmmKind::CloudHypervisor).contains("not installed"));
         assert!(reason(VmmKind::Vz).contains("macOS"));
         assert!(vmms.get(VmmKind::Qemu).is_some() && vmms.get(VmmKind::Vz).is_none());

@@ -1,8 +1,10 @@
 //! What a machine is made of: plain data that every driver translates.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use crate::VmmError;
 
 /// One virtual machine, complete. Paths are absolute and made by the server, never by clients.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,4 +101,50 @@ pub enum Accelerator {
     Kvm,
     /// QEMU's own translator: slow, runs everywhere.
     Tcg,
+}
+
+impl MachineSpec {
+    /// Checks the words that VMMs take as they are: names, and the MAC address.
+    pub(crate) fn check_words(&self) -> Result<(), VmmError> {
+        let is_name = |text: &str, limit: usize, also: &[u8]| {
+            !text.is_empty()
+                && text.len() <= limit
+                && text
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || also.contains(&byte))
+        };
+        if !is_name(&self.id, 63, b"-") {
+            return Err(VmmError::InvalidSpec(format!("{:?} is no machine id", self.id)));
+        }
+        if let Some(nic) = &self.nic {
+            // The kernel's limit for interface names is 15 bytes.
+            if !is_name(&nic.tap, 15, b"-_.") {
+                return Err(VmmError::InvalidSpec(format!(
+                    "{:?} is no name of a network interface",
+                    nic.tap
+                )));
+            }
+            let is_mac = nic.mac.len() == 17
+                && nic.mac.bytes().enumerate().all(|(at, byte)| match at % 3 {
+                    2 => byte == b':',
+                    _ => byte.is_ascii_hexdigit(),
+                });
+            if !is_mac {
+                return Err(VmmError::InvalidSpec(format!("{:?} is no MAC address", nic.mac)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The path as VMMs can take it: text, absolute, without line breaks.
+pub(crate) fn text(path: &Path) -> Result<String, VmmError> {
+    match path.to_str() {
+        Some(text) if path.is_absolute() && !text.contains(|letter: char| letter.is_control()) => {
+            Ok(text.to_owned())
+        }
+        _ => Err(VmmError::InvalidSpec(format!(
+            "{path:?} is no absolute path of printable text"
+        ))),
+    }
 }

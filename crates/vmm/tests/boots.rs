@@ -230,7 +230,7 @@ async fn another_server_takes_a_machine_back_and_finds_what_was_never_recorded()
 
     // The old server's connection goes with it.
     first.abandon();
-    let second = lab::Running::of(driver.adopt(&spec, &identity).await.unwrap());
+    let second = lab::Running::of(driver.adopt(&spec, &identity, None).await.unwrap());
     assert_eq!(second.run_state(PATIENCE).await.unwrap(), RunState::Running);
     let mut agent = Agent::connect(&*second).await;
     assert_eq!(agent.ask("ping").await, "pong");
@@ -239,7 +239,7 @@ async fn another_server_takes_a_machine_back_and_finds_what_was_never_recorded()
     assert_eq!(second.exit_cause().await.kind, ExitKind::PowerOff);
 
     assert!(matches!(
-        driver.adopt(&spec, &identity).await,
+        driver.adopt(&spec, &identity, None).await,
         Err(VmmError::Gone)
     ));
     assert!(driver.find_orphans(&spec.runtime_directory).unwrap().is_empty());
@@ -265,7 +265,7 @@ async fn a_vmm_that_hangs_is_told_so_in_time_and_can_be_killed() {
         matches!(outcome, Err(VmmError::Unresponsive { .. })),
         "{outcome:?}"
     );
-    let adopted = driver.adopt(&spec, machine.process()).await.unwrap();
+    let adopted = driver.adopt(&spec, machine.process(), None).await.unwrap();
     adopted.kill().await.unwrap();
     ended(&*machine).await;
     // Of two handles on one child, only that which reaps it learns how it ended.

@@ -181,6 +181,7 @@ async fn what_is_no_device_state_is_refused_and_leaves_nothing() {
         for (what, device_state) in states {
             let spec = lab.spec(&format!("{what}-{name}"));
             let restore = Restore {
+                identity: captured.identity.clone(),
                 device_state,
                 patch: Some(captured.patch()),
             };
@@ -201,6 +202,7 @@ async fn what_is_no_device_state_is_refused_and_leaves_nothing() {
             let mut spec = lab.spec(&format!("memory-{name}"));
             spec.memory = MemoryBacking::Private(memory.clone());
             let restore = Restore {
+                identity: captured.identity.clone(),
                 device_state: state.clone(),
                 patch: None,
             };
@@ -215,6 +217,7 @@ async fn what_is_no_device_state_is_refused_and_leaves_nothing() {
         // A patch that fails is no better.
         let spec = lab.spec(&format!("patch-{name}"));
         let restore = Restore {
+            identity: captured.identity.clone(),
             device_state: state.clone(),
             patch: Some(Box::new(|_| Err(std::io::Error::other("a frame is damaged")))),
         };
@@ -245,6 +248,7 @@ async fn a_restore_that_nobody_waits_for_any_more_leaves_no_process() {
     let (reached, patching) = tokio::sync::oneshot::channel();
     let (release, released) = std::sync::mpsc::channel::<()>();
     let restore = Restore {
+        identity: captured.identity.clone(),
         device_state: captured.state.clone(),
         patch: Some(Box::new(move |_| {
             let _ = reached.send(());
@@ -299,12 +303,29 @@ async fn memory_above_the_hole_of_devices_is_captured_too() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn states_are_told_apart_by_what_they_need() {
     let Some(lab) = Lab::new() else { return };
-    let q35 = lab.driver(VmmKind::Qemu).state_identity().await.unwrap();
-    let microvm = lab.driver(VmmKind::QemuMicrovm).state_identity().await.unwrap();
+    let q35 = lab
+        .driver(VmmKind::Qemu)
+        .state_identities()
+        .await
+        .unwrap()
+        .remove(0);
+    let microvm = lab
+        .driver(VmmKind::QemuMicrovm)
+        .state_identities()
+        .await
+        .unwrap()
+        .remove(0);
     println!("{q35:?}\n{microvm:?}");
     assert_ne!(q35, microvm);
     assert!(q35.machine.starts_with("pc-q35-"), "{}", q35.machine);
-    assert_eq!(q35, lab.driver(VmmKind::Qemu).state_identity().await.unwrap());
+    assert_eq!(
+        q35,
+        lab.driver(VmmKind::Qemu)
+            .state_identities()
+            .await
+            .unwrap()
+            .remove(0)
+    );
     assert!(!q35.version.is_empty() && !q35.cpu.is_empty());
 }
 
@@ -315,7 +336,7 @@ async fn a_restored_machine_is_taken_back_by_another_server() {
     let identity = machine.process().clone();
     machine.abandon();
     let driver = lab.driver(VmmKind::QemuMicrovm);
-    let machine = Running::of(driver.adopt(&spec, &identity).await.unwrap());
+    let machine = Running::of(driver.adopt(&spec, &identity, None).await.unwrap());
     let mut agent = Agent::connect(&*machine).await;
     assert_eq!(agent.ask("ping").await, "pong");
     // It can be captured like any other, and its delta is small.

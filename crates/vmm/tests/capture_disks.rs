@@ -241,7 +241,7 @@ async fn another_server_ends_the_copies_that_the_last_one_began() {
     });
     let (spec, identity) = first.unwrap();
     let driver = lab.driver(VmmKind::QemuMicrovm);
-    let machine = Running::of(driver.adopt(&spec, &identity).await.unwrap());
+    let machine = Running::of(driver.adopt(&spec, &identity, None).await.unwrap());
     assert_eq!(machine.run_state(PATIENCE).await.unwrap(), RunState::Running);
     let copies = copies_of(&lab, "after", &[0]);
     begin(&machine, &copies).await.finish().await.unwrap();
@@ -287,6 +287,7 @@ async fn two_machines_do_not_write_to_one_disk() {
         let mut second = lab.spec(&format!("second-{name}"));
         second.disks = spec.disks.clone();
         let request = || Restore {
+            identity: captured.identity.clone(),
             device_state: captured.state.clone(),
             patch: Some(captured.patch()),
         };

@@ -97,9 +97,24 @@ pub const KEYS: &[Key] = &[
         "QEMU; found in $PATH when absent",
     ),
     key(
+        "hypervisor.cloud_hypervisor_binary_path",
+        "",
+        "Cloud Hypervisor; found in $PATH or data_dir/system/vmm/cloud-hypervisor/VERSION when absent",
+    ),
+    key(
+        "hypervisor.firecracker_binary_path",
+        "",
+        "Firecracker; found in $PATH or data_dir/system/vmm/firecracker/VERSION when absent",
+    ),
+    key(
         "hypervisor.acceleration",
         "auto",
-        "auto (KVM when it truly works), kvm or tcg",
+        "what runs the guests of QEMU: auto (KVM when it truly works), kvm or tcg",
+    ),
+    key(
+        "hypervisor.trust_kvm",
+        "false",
+        "take KVM for good without trying it: for hosts whose KVM runs only kernels made for it",
     ),
     key("kernel.path", "", "guest kernel; found when absent"),
     key("kernel.modules", "", "directory with that kernel's modules"),

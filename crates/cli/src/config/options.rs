@@ -1,7 +1,7 @@
 //! From values to what the engine, the network and the VMMs are told.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hypeman_api::instance::Hypervisor;
 use hypeman_core::snapshot::{Algorithm, CompressionChoice};
@@ -50,7 +50,7 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
             max_image_storage: share,
             min_free_disk: values.size("limits.min_free_disk")?,
         },
-        vmm: vmm(values, Some(data_directory.join("system")))?,
+        vmm: vmm(values, &data_directory, Some(data_directory.join("system")))?,
         kernel: kernel(values)?,
         network: network(values)?,
         images: ImageOptions {
@@ -97,7 +97,11 @@ fn default_hypervisor(values: &Values) -> Result<VmmKind, CliError> {
 ///
 /// # Errors
 /// When the acceleration is none that exists.
-pub(crate) fn vmm(values: &Values, cache_directory: Option<PathBuf>) -> Result<VmmOptions, CliError> {
+pub(crate) fn vmm(
+    values: &Values,
+    data_directory: &Path,
+    cache_directory: Option<PathBuf>,
+) -> Result<VmmOptions, CliError> {
     let accelerator = match values.text("hypervisor.acceleration").as_deref() {
         None | Some("auto") => None,
         Some("kvm") => Some(Accelerator::Kvm),
@@ -110,6 +114,10 @@ pub(crate) fn vmm(values: &Values, cache_directory: Option<PathBuf>) -> Result<V
     };
     Ok(VmmOptions {
         qemu_binary: values.path("hypervisor.qemu_binary_path"),
+        cloud_hypervisor_binary: values.path("hypervisor.cloud_hypervisor_binary_path"),
+        firecracker_binary: values.path("hypervisor.firecracker_binary_path"),
+        versions_directory: Some(data_directory.join("system/vmm")),
+        trust_kvm: values.parsed("hypervisor.trust_kvm", "choose true or false")?,
         accelerator,
         search_path: Vec::new(),
         cache_directory,

@@ -48,8 +48,8 @@ pub(super) fn guest_program(values: &Values) -> Check {
 }
 
 /// QEMU, and whether KVM truly runs a guest.
-pub(super) async fn hypervisors(values: &Values) -> Vec<Check> {
-    let options = match options::vmm(values, None) {
+pub(super) async fn hypervisors(values: &Values, data: &Path) -> Vec<Check> {
+    let options = match options::vmm(values, data, None) {
         Ok(options) => options,
         Err(failure) => return vec![misconfigured("qemu", &failure)],
     };
@@ -61,16 +61,22 @@ pub(super) async fn hypervisors(values: &Values) -> Vec<Check> {
         let name = match kind {
             VmmKind::Qemu => "qemu",
             VmmKind::QemuMicrovm => "qemu microvm",
-            // Not driven by this version: their absence is nothing to mend.
-            VmmKind::CloudHypervisor | VmmKind::Firecracker | VmmKind::Vz => continue,
+            VmmKind::CloudHypervisor => "cloud hypervisor",
+            VmmKind::Firecracker => "firecracker",
+            // Not of this platform: its absence is nothing to mend.
+            VmmKind::Vz => continue,
         };
+        let needed = matches!(kind, VmmKind::Qemu | VmmKind::QemuMicrovm);
         checks.push(match capabilities {
             Capabilities::Available {
                 version, accelerator, ..
             } => {
-                accelerated = accelerated.or(Some(*accelerator));
+                if needed {
+                    accelerated = accelerated.or(Some(*accelerator));
+                }
                 Check::ok(name, format!("version {version}"))
             }
+            Capabilities::Unavailable { reason } if !needed => Check::ok(name, format!("not used: {reason}")),
             Capabilities::Unavailable { reason } => Check::fail(
                 name,
                 reason.clone(),

@@ -125,7 +125,7 @@ pub(crate) async fn examine(subject: &Subject) -> Result<Vec<Check>, CliError> {
     };
     let data = config::data_directory(&values)?;
     let mut checks = vec![configuration, host::platform(), host::guest_program(&values)];
-    checks.extend(host::hypervisors(&values).await);
+    checks.extend(host::hypervisors(&values, &data).await);
     checks.push(host::kernel(&values, &data).await);
     checks.push(host::network(&values).await);
     checks.push(host::privileges());

@@ -106,6 +106,7 @@ impl Driver {
             agent_key: crate::random::to_hex(&key.0),
             base: None,
             former_key: None,
+            identity: machine.state_identity().cloned(),
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;
@@ -337,7 +338,7 @@ pub(super) async fn kill_leftovers(shared: &Shared, record: &InstanceRecord) -> 
     processes.extend(record.run.as_ref().map(|run| run.process.clone()));
     let spec = adoption_spec(shared, record);
     for process in processes {
-        match vmm.adopt(&spec, &process).await {
+        match vmm.adopt(&spec, &process, None).await {
             Ok(machine) => kill(&Arc::from(machine)).await?,
             Err(VmmError::Gone) => {}
             Err(error) => return Err(error.into()),

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hypeman_core::instance::Lifecycle;
-use hypeman_vmm::{CopyRoom, DiskCopies, DiskCopy, GuestMemory, Machine};
+use hypeman_vmm::{CopyRoom, DiskCopies, DiskCopy, GuestMemory, Machine, StateIdentity};
 use jiff::Timestamp;
 
 use super::disks;
@@ -106,8 +106,7 @@ impl Driver {
             Some(run) => Arc::clone(&run.machine),
             None => return Err(EngineError::InvalidState("the instance has no machine".into())),
         };
-        let vmm = self.shared.vmm(self.record.hypervisor)?;
-        let identity = vmm.state_identity().await?;
+        let identity = self.state_identity(&machine).await?;
         let overlay = self
             .shared
             .layout
@@ -176,7 +175,7 @@ impl Driver {
         directory: &Path,
         plan: &CapturePlan,
         still: Still,
-        identity: hypeman_vmm::StateIdentity,
+        identity: StateIdentity,
     ) -> Result<Captured, EngineError> {
         let kept = self
             .shared
@@ -267,8 +266,28 @@ impl Driver {
         }
     }
 
+    /// What a device state of this machine needs to be loaded again.
+    pub(super) async fn state_identity(
+        &self,
+        machine: &Arc<dyn Machine>,
+    ) -> Result<StateIdentity, EngineError> {
+        if let Some(identity) = machine.state_identity() {
+            return Ok(identity.clone());
+        }
+        // An earlier server did not write it down.
+        let identities = self
+            .shared
+            .vmm(self.record.hypervisor)?
+            .state_identities()
+            .await?;
+        identities
+            .into_iter()
+            .next()
+            .ok_or_else(|| EngineError::InvalidState("its hypervisor cannot keep memory".into()))
+    }
+
     /// What the manifest says of this machine.
-    pub(super) fn facts(&self, identity: hypeman_vmm::StateIdentity, kept: &Kept) -> Facts {
+    pub(super) fn facts(&self, identity: StateIdentity, kept: &Kept) -> Facts {
         Facts {
             hypervisor: self.record.hypervisor,
             identity,
@@ -324,8 +343,19 @@ async fn take(
     } = prepared;
     machine.pause().await?;
     faults::point("capture.paused");
-    let devices = machine.save_devices();
-    let copied = blocking_io("copy guest memory", move || Frozen::copied(&memory, room));
+    let rests = machine.memory_rests_while_saving();
+    let saved = tokio::sync::Notify::new();
+    let devices = async {
+        let devices = machine.save_devices().await;
+        saved.notify_one();
+        devices
+    };
+    let copied = async {
+        if !rests {
+            saved.notified().await;
+        }
+        blocking_io("copy guest memory", move || Frozen::copied(&memory, room)).await
+    };
     let begun = async {
         match disk.as_mut() {
             Some(copies) => Ok(copies.begin().await?),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_core::instance::{Exit, InstanceState, PhaseClock};
-use hypeman_vmm::{ProcessIdentity, VmmKind};
+use hypeman_vmm::{ProcessIdentity, StateIdentity, VmmKind};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -212,6 +212,9 @@ pub struct RunRecord {
     /// Secret that the guest still has, hex, until it has confirmed who it is now.
     #[serde(default)]
     pub former_key: Option<String>,
+    /// What a device state of this machine needs to be loaded again.
+    #[serde(default)]
+    pub identity: Option<StateIdentity>,
 }
 
 /// An instance as published by its driver: immutable, shared, cheap to read.

@@ -219,7 +219,7 @@ async fn adopt(
     let Some(run) = &record.run else { return Ok(None) };
     let vmm = shared.vmm(record.hypervisor)?;
     let spec = adoption_spec(shared, record);
-    match vmm.adopt(&spec, &run.process).await {
+    match vmm.adopt(&spec, &run.process, run.identity.as_ref()).await {
         Ok(machine) => Ok(Some(Arc::from(machine))),
         Err(VmmError::Gone) => Ok(None),
         Err(error) => Err(error.into()),

@@ -88,7 +88,7 @@ impl Driver {
         compression: CompressionChoice,
         delay: Option<Duration>,
     ) -> Result<(InstanceRecord, Hold), EngineError> {
-        let identity = self.shared.vmm(self.record.hypervisor)?.state_identity().await?;
+        let identity = self.state_identity(machine).await?;
         machine.pause().await?;
         self.observe(&Observation::Paused);
         faults::point("standby.paused");
@@ -225,16 +225,16 @@ impl Driver {
             Ok(())
         };
         // None of these has an effect; together they take as long as the longest.
-        let ((), (manifest, devices), identity, artifacts, memory) = tokio::try_join!(
+        let ((), (manifest, devices), identities, artifacts, memory) = tokio::try_join!(
             recorded,
             blocking(move || state::read(&directory, &digest)),
-            async { Ok(vmm.state_identity().await?) },
+            async { Ok(vmm.state_identities().await?) },
             kept_kernel(&shared, &self.record.boot_artifacts),
             shared.vault.materialize(&standby.memory.image),
         )?;
         let present = Present {
             hypervisor: self.record.hypervisor,
-            identity: &identity,
+            identities: &identities,
             boot_artifacts: &self.record.boot_artifacts,
             memory_bytes: self.record.memory_bytes,
             vcpus: self.record.vcpus,
@@ -260,6 +260,7 @@ impl Driver {
             .await
             .map_err(|_| EngineError::ShuttingDown)?;
         let restore = Restore {
+            identity: manifest.facts.identity.clone(),
             device_state: devices,
             patch: memory.patch(),
         };
@@ -281,6 +282,7 @@ impl Driver {
             agent_key,
             base: Some(standby.memory.image.clone()),
             former_key: standby.foreign.then_some(former),
+            identity: machine.state_identity().cloned(),
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;

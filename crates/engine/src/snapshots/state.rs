@@ -128,7 +128,7 @@ pub(crate) fn devices_bytes(directory: &Path) -> u64 {
 /// The machine that is to go on.
 pub(crate) struct Present<'a> {
     pub(crate) hypervisor: VmmKind,
-    pub(crate) identity: &'a StateIdentity,
+    pub(crate) identities: &'a [StateIdentity],
     pub(crate) boot_artifacts: &'a str,
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: u32,
@@ -143,11 +143,13 @@ pub(crate) fn mismatch(captured: &Facts, present: &Present<'_>) -> Option<String
             captured.hypervisor
         ));
     }
-    if &captured.identity != present.identity {
+    if !present.identities.contains(&captured.identity) {
+        let here: Vec<String> = present.identities.iter().map(described).collect();
         return Some(format!(
-            "it was captured by {}, this host has {}; install that version again, or use a Stopped snapshot",
+            "it was captured by {}, this host has {}; install that version again, beside the one that is there, or \
+             use a Stopped snapshot",
             described(&captured.identity),
-            described(present.identity)
+            here.join(" and ")
         ));
     }
     if captured.boot_artifacts != present.boot_artifacts {
@@ -238,22 +240,25 @@ mod tests {
         let digest = written(directory.path());
         let (manifest, devices) = read(directory.path(), &digest).unwrap();
         assert_eq!(devices, b"devices");
-        let (same, newer) = (identity("7.2.0"), identity("10.0.2"));
-        let present = |identity, vcpus, boot_artifacts, hypervisor| Present {
+        let (both, newer) = (
+            [identity("10.0.2"), identity("7.2.0")],
+            [identity("10.0.2"), identity("9.2.0")],
+        );
+        let present = |identities, vcpus, boot_artifacts, hypervisor| Present {
             hypervisor,
-            identity,
+            identities,
             boot_artifacts,
             memory_bytes: 1 << 28,
             vcpus,
             networked: true,
         };
         let says = |present: Present<'_>| mismatch(&manifest.facts, &present);
-        assert_eq!(says(present(&same, 1, "kernel", VmmKind::Qemu)), None);
+        assert_eq!(says(present(&both, 1, "kernel", VmmKind::Qemu)), None);
         for (present, word) in [
-            (present(&newer, 1, "kernel", VmmKind::Qemu), "10.0.2"),
-            (present(&same, 2, "kernel", VmmKind::Qemu), "2 vCPUs"),
-            (present(&same, 1, "other", VmmKind::Qemu), "kernel"),
-            (present(&same, 1, "kernel", VmmKind::QemuMicrovm), "Stopped"),
+            (present(&newer, 1, "kernel", VmmKind::Qemu), "9.2.0"),
+            (present(&both, 2, "kernel", VmmKind::Qemu), "2 vCPUs"),
+            (present(&both, 1, "other", VmmKind::Qemu), "kernel"),
+            (present(&both, 1, "kernel", VmmKind::QemuMicrovm), "Stopped"),
         ] {
             let reason = says(present).unwrap();
             assert!(reason.contains(word), "{reason}");

@@ -9,9 +9,14 @@ use rustix::{
 
 use crate::log_line;
 
-/// Whether the kernel can switch the machine off; asked while `/sys` is surely ours.
+/// On the command line of machines that have firmware tables and no power switch behind them (Firecracker).
+const NO_SWITCH: &str = "hypeman.end=reset";
+
+/// Whether the kernel can switch the machine off; asked while `/sys` and `/proc` are surely ours.
 pub(super) fn has_power_switch() -> bool {
-    Path::new("/sys/firmware/acpi/tables").exists()
+    let words = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let told_otherwise = words.split_ascii_whitespace().any(|word| word == NO_SWITCH);
+    !told_otherwise && Path::new("/sys/firmware/acpi/tables").exists()
 }
 
 /// Switches off. Without a power switch the machine is reset instead, which its VMM takes for the end as well;

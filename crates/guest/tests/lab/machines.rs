@@ -16,8 +16,8 @@ use hypeman_guest_api::{
 };
 use hypeman_kernel::{BootArtifacts, KernelOptions, Kernels};
 use hypeman_vmm::{
-    Accelerator, AgentChannel, Disk, DiskCopy, Machine, MachineSpec, MemoryBacking, Nic, Restore, Vmm,
-    VmmKind, VmmOptions, Vmms,
+    Accelerator, AgentChannel, Disk, DiskCopy, Machine, MachineSpec, MemoryBacking, Nic, Restore,
+    StateIdentity, Vmm, VmmKind, VmmOptions, Vmms,
 };
 use tokio::net::UnixStream;
 
@@ -62,6 +62,7 @@ fn ip(arguments: &[&str]) -> bool {
 
 /// A captured machine, in files.
 pub struct Snapshot {
+    pub identity: StateIdentity,
     pub device_state: Vec<u8>,
     pub memory: PathBuf,
     pub layer: PathBuf,
@@ -163,6 +164,7 @@ impl Machines {
             }
         }
         Snapshot {
+            identity: machine.0.state_identity().unwrap().clone(),
             device_state,
             memory: path,
             layer,
@@ -185,6 +187,7 @@ impl Machines {
         spec.memory = MemoryBacking::Private(snapshot.memory.clone());
         let begun = Instant::now();
         let restore = Restore {
+            identity: snapshot.identity.clone(),
             device_state: snapshot.device_state.clone(),
             patch: None,
         };

@@ -14,11 +14,11 @@ pub(super) enum Kind {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Mapping {
-    addresses: Range<u64>,
+pub(super) struct Mapping {
+    pub(super) addresses: Range<u64>,
     private: bool,
     /// Device, inode and offset; `None` without a file.
-    file: Option<(String, u64, u64)>,
+    pub(super) file: Option<(String, u64, u64)>,
 }
 
 /// Finds out what backs `length` bytes from `address` on. The kernel may show one block in several lines (advice
@@ -79,7 +79,7 @@ impl Mapping {
 }
 
 /// `7f00-7f10 rw-p 00001000 08:01 1234   /path`
-fn parse(line: &str) -> Option<Mapping> {
+pub(super) fn parse(line: &str) -> Option<Mapping> {
     let mut words = line.split_ascii_whitespace();
     let (start, end) = words.next()?.split_once('-')?;
     let hexadecimal = |word: &str| u64::from_str_radix(word, 16).ok();

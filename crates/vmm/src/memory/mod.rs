@@ -7,12 +7,18 @@
 //! ```
 //!
 //! Offsets are those of the RAM block: guest physical addresses below the hole of 32-bit devices, and from there on
-//! without the hole.
+//! without the hole. A VMM may map the parts below and above the hole apart from each other:
+//!
+//! ```text
+//! offsets    0 ─────────────────── 3 GiB ──────────── end
+//! process    └ segment 0, anywhere ┘└ segment 1, elsewhere ┘
+//! ```
 //!
 //! Invariant: nothing is read from or written to a process that merely got the same number. `/proc/PID` and the
 //! pidfd are opened while the identity is known to hold and stay bound to that process.
 
 mod copy;
+pub(crate) mod locate;
 mod mappings;
 mod populated;
 
@@ -41,14 +47,22 @@ struct Inner {
     directory: OwnedFd,
     /// `/proc/PID/mem`, bound to the memory of the process.
     memory: File,
-    address: u64,
+    segments: Vec<Segment>,
     length: u64,
     private: bool,
 }
 
+/// One block of guest memory in the address space of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Segment {
+    pub(crate) address: u64,
+    pub(crate) length: u64,
+}
+
 impl GuestMemory {
-    /// Checks that `length` bytes from `address` on are one block of private memory, and opens it.
-    pub(crate) fn open(process: Arc<ProcessHandle>, address: u64, length: u64) -> io::Result<Self> {
+    /// Checks that each segment is one block of private memory, all of one kind, and opens them. Offsets count
+    /// through them in order.
+    pub(crate) fn open(process: Arc<ProcessHandle>, segments: Vec<Segment>) -> io::Result<Self> {
         let path = format!("/proc/{}", process.identity().pid);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(path, flags, Mode::empty())?;
@@ -57,20 +71,33 @@ impl GuestMemory {
         if !process.is_alive() {
             return Err(gone());
         }
-        let maps = rustix::fs::openat(
-            &directory,
-            "maps",
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let kind = mappings::kind_of(File::from(maps), address, length)?;
+        let mut kinds = Vec::with_capacity(segments.len());
+        for segment in &segments {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let maps = rustix::fs::openat(&directory, "maps", flags, Mode::empty())?;
+            kinds.push(mappings::kind_of(
+                File::from(maps),
+                segment.address,
+                segment.length,
+            )?);
+        }
+        let Some(kind) = kinds
+            .first()
+            .copied()
+            .filter(|kind| kinds.iter().all(|other| other == kind))
+        else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "guest memory is not of one kind",
+            ));
+        };
         Ok(Self {
             inner: Arc::new(Inner {
                 process,
                 directory,
                 memory: File::from(memory),
-                address,
-                length,
+                length: segments.iter().map(|segment| segment.length).sum(),
+                segments,
                 private: kind == mappings::Kind::PrivateFile,
             }),
         })
@@ -92,24 +119,45 @@ impl GuestMemory {
     /// present or swapped; all others read as zeros. A private mapping: pages that the guest or the VMM wrote
     /// since the start; all others are those of the file.
     pub fn populated(&self) -> io::Result<Vec<Range<u64>>> {
-        populated::scan(
-            &self.inner.directory,
-            self.inner.address,
-            self.inner.length,
-            self.inner.private,
-        )
+        let mut all = Vec::new();
+        let mut offset = 0;
+        for segment in &self.inner.segments {
+            let ranges = populated::scan(
+                &self.inner.directory,
+                segment.address,
+                segment.length,
+                self.inner.private,
+            )?;
+            all.extend(
+                ranges
+                    .into_iter()
+                    .map(|range| range.start + offset..range.end + offset),
+            );
+            offset += segment.length;
+        }
+        Ok(all)
     }
 
     /// Fills `buffer` from `offset` on.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let address = self.address_of(offset, buffer.len())?;
-        copy::read_process(&self.inner.process, address, buffer)
+        let mut rest = buffer;
+        for (address, count) in self.places(offset, rest.len())? {
+            let (now, later) = rest.split_at_mut(count);
+            copy::read_process(&self.inner.process, address, now)?;
+            rest = later;
+        }
+        Ok(())
     }
 
     /// Writes `bytes` at `offset`.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let address = self.address_of(offset, bytes.len())?;
-        self.inner.memory.write_all_at(bytes, address)
+        let mut rest = bytes;
+        for (address, count) in self.places(offset, rest.len())? {
+            let (now, later) = rest.split_at(count);
+            self.inner.memory.write_all_at(now, address)?;
+            rest = later;
+        }
+        Ok(())
     }
 
     /// Copies ranges (as [`GuestMemory::populated`] gives them) to the same offsets of a fresh memfd of the size
@@ -131,15 +179,26 @@ impl GuestMemory {
         room.fill(self, ranges)
     }
 
-    fn address_of(&self, offset: u64, length: usize) -> io::Result<u64> {
+    /// Addresses and lengths of the pieces that `length` bytes from `offset` on lie in.
+    fn places(&self, offset: u64, length: usize) -> io::Result<Vec<(u64, usize)>> {
         let end = offset.checked_add(length as u64);
-        match end {
-            Some(end) if end <= self.inner.length => Ok(self.inner.address + offset),
-            _ => Err(io::Error::new(
+        let Some(end) = end.filter(|end| *end <= self.inner.length) else {
+            return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "beyond the end of guest memory",
-            )),
+            ));
+        };
+        let mut places = Vec::with_capacity(1);
+        let mut begin = 0;
+        for segment in &self.inner.segments {
+            let from = offset.max(begin);
+            let to = end.min(begin + segment.length);
+            if from < to {
+                places.push((segment.address + (from - begin), (to - from) as usize));
+            }
+            begin += segment.length;
         }
+        Ok(places)
     }
 }
 

@@ -62,7 +62,14 @@ impl Mapping {
     fn memory(&self) -> GuestMemory {
         let identity = ProcessIdentity::read(std::process::id()).unwrap();
         let process = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
-        GuestMemory::open(Arc::new(process), self.address as u64, self.length as u64).unwrap()
+        GuestMemory::open(Arc::new(process), vec![self.segment()]).unwrap()
+    }
+
+    fn segment(&self) -> Segment {
+        Segment {
+            address: self.address as u64,
+            length: self.length as u64,
+        }
     }
 
     /// Keeps the kernel from making one large page of a small one that is touched.
@@ -156,7 +163,7 @@ async fn both_ways_to_read_page_tables_agree() {
         let memory = mapping.memory();
         let words = populated::by_words(
             &memory.inner.directory,
-            memory.inner.address,
+            memory.inner.segments[0].address,
             memory.len(),
             private,
         )
@@ -187,8 +194,68 @@ async fn memory_of_a_process_that_ended_is_an_error() {
     // It has no block of the size that is asked for, but it may be asked.
     let identity = ProcessIdentity::read(child.id()).unwrap();
     let process = Arc::new(ProcessHandle::of_recorded(&identity).unwrap().unwrap());
-    assert!(GuestMemory::open(Arc::clone(&process), 4096, 4096).is_err());
+    let nowhere = Segment {
+        address: 4096,
+        length: 4096,
+    };
+    assert!(GuestMemory::open(Arc::clone(&process), vec![nowhere]).is_err());
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(GuestMemory::open(process, 4096, 4096).is_err());
+    assert!(GuestMemory::open(process, vec![nowhere]).is_err());
+}
+
+#[tokio::test]
+async fn memory_in_two_segments_reads_as_one_block() {
+    let mut low = Mapping::anonymous(8 * PAGE).in_small_pages();
+    let mut high = Mapping::anonymous(4 * PAGE).in_small_pages();
+    low.page(7)[4095] = 1;
+    high.page(0)[0] = 2;
+    high.page(3)[0] = 3;
+    let identity = ProcessIdentity::read(std::process::id()).unwrap();
+    let process = Arc::new(ProcessHandle::of_recorded(&identity).unwrap().unwrap());
+    let memory = GuestMemory::open(process, vec![low.segment(), high.segment()]).unwrap();
+    assert_eq!(memory.len(), 12 * PAGE);
+    assert_eq!(pages(&memory.populated().unwrap()), [7..8, 8..9, 11..12]);
+
+    let mut seam = [0; 2];
+    memory.read(8 * PAGE - 1, &mut seam).unwrap();
+    assert_eq!(seam, [1, 2]);
+    memory.write(8 * PAGE - 2, &[7, 8, 9, 10]).unwrap();
+    assert_eq!((low.page(7)[4094], low.page(7)[4095]), (7, 8));
+    assert_eq!((high.page(0)[0], high.page(0)[1]), (9, 10));
+    assert!(memory.read(12 * PAGE - 1, &mut seam).is_err());
+}
+
+#[tokio::test]
+async fn memory_is_found_by_the_file_behind_it_and_by_what_it_holds() {
+    let identity = ProcessIdentity::read(std::process::id()).unwrap();
+    let process = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(48 * PAGE).unwrap();
+    let mapping = Mapping::of_file(file.as_file(), 48 * PAGE);
+    let found = locate::private_file(&process, file.path(), &[48 * PAGE]).unwrap();
+    assert_eq!(found, [mapping.segment()]);
+    let halves = locate::private_file(&process, file.path(), &[32 * PAGE, 16 * PAGE]).unwrap();
+    assert_eq!(halves[1].address, mapping.address as u64 + 32 * PAGE);
+    assert!(locate::private_file(&process, file.path(), &[49 * PAGE]).is_err());
+
+    // Its neighbours may have become one mapping with it.
+    let mut all = Mapping::anonymous(1000 * PAGE).in_small_pages();
+    let words = *b"console=ttyS0 quiet no.other=7c1e";
+    all.page(300 + 32)[..words.len()].copy_from_slice(&words);
+    let signature = locate::Signature {
+        offset: 32 * PAGE,
+        bytes: &words,
+    };
+    let found = locate::anonymous(&process, &[500 * PAGE], &signature).unwrap();
+    assert_eq!(found[0].address, all.address as u64 + 300 * PAGE);
+    // The part above the hole lies just below the other one, or by itself.
+    let found = locate::anonymous(&process, &[500 * PAGE, 300 * PAGE], &signature).unwrap();
+    assert_eq!(found[1].address, all.address as u64);
+    assert!(locate::anonymous(&process, &[500 * PAGE, 301 * PAGE], &signature).is_err());
+    let other = locate::Signature {
+        offset: 32 * PAGE,
+        bytes: b"no machine of this process has these words",
+    };
+    assert!(locate::anonymous(&process, &[500 * PAGE], &other).is_err());
 }

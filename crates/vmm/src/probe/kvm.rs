@@ -37,13 +37,11 @@ const STEPS: [(u8, &str); 9] = [
     (b'l', "a loop at the speed of hardware"),
 ];
 
-/// Runs the guest. `Err` carries the reason in words for an operator.
-pub(crate) async fn kvm_runs_a_guest(qemu: &Path) -> Result<(), String> {
-    if !cfg!(target_arch = "x86_64") {
-        return Err("this driver runs x86-64 guests only".to_owned());
-    }
-    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        return Err(match error.kind() {
+/// Whether the device is there and may be opened, which is necessary and proves nothing.
+pub(crate) fn kvm_opens() -> Result<(), String> {
+    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => Ok(()),
+        Err(error) => Err(match error.kind() {
             std::io::ErrorKind::NotFound => {
                 "/dev/kvm does not exist: enable virtualisation in the firmware or, \
                  in a virtual machine, nested virtualisation"
@@ -53,8 +51,16 @@ pub(crate) async fn kvm_runs_a_guest(qemu: &Path) -> Result<(), String> {
                 "/dev/kvm may not be opened: add this user to the group kvm".to_owned()
             }
             _ => format!("/dev/kvm cannot be opened: {error}"),
-        });
+        }),
     }
+}
+
+/// Runs the guest. `Err` carries the reason in words for an operator.
+pub(crate) async fn kvm_runs_a_guest(qemu: &Path) -> Result<(), String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Err("this driver runs x86-64 guests only".to_owned());
+    }
+    kvm_opens()?;
     run_guest(qemu, "kvm", DEADLINE).await
 }
 

@@ -13,8 +13,10 @@ mod filter;
 mod identity;
 mod spawn;
 mod watch;
+mod words;
 
 pub use identity::{ProcessIdentity, boot_id};
 pub(crate) use identity::{processes_with_argument, resident_and_cpu};
 pub(crate) use spawn::{Detached, spawn_detached};
-pub(crate) use watch::{Ended, ProcessHandle};
+pub(crate) use watch::{Ended, KillOnDrop, ProcessHandle, readable};
+pub(crate) use words::Words;

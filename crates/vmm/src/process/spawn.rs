@@ -17,6 +17,8 @@ use super::filter;
 pub(crate) struct Detached<'a> {
     pub(crate) program: &'a Path,
     pub(crate) arguments: Vec<OsString>,
+    /// Where it starts.
+    pub(crate) directory: &'a Path,
     /// Receives standard output and standard error.
     pub(crate) output: File,
     /// Descriptors that the program keeps, under the numbers that they have here.
@@ -25,7 +27,7 @@ pub(crate) struct Detached<'a> {
     pub(crate) forbid_holes: bool,
 }
 
-/// Starts the program as leader of a session of its own, in `/`, with an empty environment but `PATH`.
+/// Starts the program as leader of a session of its own, with an empty environment but `PATH`.
 /// Returns its process id; the caller reaps it (see [`super::ProcessHandle`]).
 pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
     let keep: Vec<i32> = detached.keep.iter().map(AsRawFd::as_raw_fd).collect();
@@ -34,7 +36,7 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
         .args(&detached.arguments)
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .current_dir("/")
+        .current_dir(detached.directory)
         .stdin(Stdio::null())
         .stdout(detached.output.as_fd().try_clone_to_owned()?)
         .stderr(detached.output);

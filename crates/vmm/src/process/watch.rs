@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
@@ -63,8 +64,7 @@ impl ProcessHandle {
     }
 
     fn watch(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: the descriptor is owned, and owned by the `AsyncFd`, which gives it back to nobody.
-        let watched = unsafe { AsyncFd::register_with_interest(pidfd.try_clone()?, Interest::READABLE) }?;
+        let watched = readable(pidfd.try_clone()?)?;
         let (sender, ended) = watch::channel(None);
         tokio::spawn(async move {
             let outcome = match watched.readable().await {
@@ -112,6 +112,34 @@ impl ProcessHandle {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Kills a process whose start was cancelled or failed; its watching task reaps it.
+pub(crate) struct KillOnDrop(Option<Arc<ProcessHandle>>);
+
+impl KillOnDrop {
+    pub(crate) fn of(process: &Arc<ProcessHandle>) -> Self {
+        Self(Some(Arc::clone(process)))
+    }
+
+    /// The start succeeded.
+    pub(crate) fn forget(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(process) = &self.0 {
+            let _ = process.kill();
+        }
+    }
+}
+
+/// A descriptor whose readiness for reading can be waited for.
+pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned, and owned by the `AsyncFd`, which gives it back to nobody.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }
 
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
@@ -181,6 +209,7 @@ mod tests {
         spawn_detached(Detached {
             program: Path::new("/bin/sh"),
             arguments,
+            directory: Path::new("/"),
             output,
             keep: &[],
             forbid_holes: false,
@@ -245,6 +274,7 @@ mod tests {
         let pid = spawn_detached(Detached {
             program: Path::new("/bin/sh"),
             arguments,
+            directory: Path::new("/"),
             output,
             keep: std::slice::from_ref(&kept),
             forbid_holes: false,

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::board::{Board, Slot};
-use crate::{Accelerator, Disk, MachineSpec, MemoryBacking, VmmError};
+use crate::spec::text;
+use crate::{Accelerator, Disk, MachineSpec, MemoryBacking, VmmError, kernel_arguments};
 
 /// Name of the pid file in the runtime directory. Its path on the command line marks the process as ours.
 pub(crate) const PID_FILE: &str = "qemu.pid";
@@ -29,8 +30,6 @@ pub(crate) const LOG_CHARDEV: &str = "log";
 /// Object that a [`crate::Machine::reopen_vmm_log`] replaces.
 pub(crate) const CONSOLE_CHARDEV: &str = "console";
 
-/// Longest kernel command line that x86 takes.
-const KERNEL_ARGUMENTS_LIMIT: usize = 2047;
 pub(crate) const MEBIBYTE: u64 = 1024 * 1024;
 
 /// What the command line needs to know of the host.
@@ -128,7 +127,7 @@ pub(crate) fn arguments(
         Start::Boot => {
             line.option("-kernel", text(&spec.kernel)?);
             line.option("-initrd", text(&spec.initramfs)?);
-            line.option("-append", kernel_arguments(spec, host)?);
+            line.option("-append", kernel_arguments::qemu(spec, host.tsc_khz)?);
         }
         // The captured machine has long read its kernel, and a reboot ends it: nothing is loaded in vain.
         Start::Restore { state } => {
@@ -302,72 +301,8 @@ fn file_chardev(id: &str, path: &Path) -> Result<String, VmmError> {
     Ok(format!("file,id={id},path={},append=on", escaped(path)?))
 }
 
-fn kernel_arguments(spec: &MachineSpec, host: &Host) -> Result<String, VmmError> {
-    // A reboot ends the machine, so a panic ends it at once, its message on the console. `cryptomgr.notests`
-    // spares a distribution's kernel its self-tests, a tenth of its boot.
-    let mut words: Vec<String> = [
-        "console=ttyS0",
-        "quiet",
-        "panic=-1",
-        "reboot=t",
-        "cryptomgr.notests",
-    ]
-    .into_iter()
-    .chain(["net.ifnames=0"])
-    .map(str::to_owned)
-    .collect();
-    if let Some(khz) = host.tsc_khz {
-        // Without these a microvm guest calibrates its clock by polling, which fails on a busy host and then
-        // hangs for ever; q35 merely boots faster.
-        words.push(format!("tsc_early_khz={khz}"));
-        words.push("no_timer_check".to_owned());
-    }
-    for word in &spec.kernel_arguments {
-        if word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(invalid(format!(
-                "the kernel argument {word:?} is not one word of printable ASCII"
-            )));
-        }
-        words.push(word.clone());
-    }
-    let joined = words.join(" ");
-    if joined.len() > KERNEL_ARGUMENTS_LIMIT {
-        return Err(invalid(format!(
-            "the kernel arguments have {} bytes, a kernel takes {KERNEL_ARGUMENTS_LIMIT}",
-            joined.len()
-        )));
-    }
-    Ok(joined)
-}
-
 fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
-    let is_name = |text: &str, limit: usize, also: &[u8]| {
-        !text.is_empty()
-            && text.len() <= limit
-            && text
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || also.contains(&byte))
-    };
-    if !is_name(&spec.id, 63, b"-") {
-        return Err(invalid(format!("{:?} is no machine id", spec.id)));
-    }
-    if let Some(nic) = &spec.nic {
-        // The kernel's limit for interface names is 15 bytes.
-        if !is_name(&nic.tap, 15, b"-_.") {
-            return Err(invalid(format!(
-                "{:?} is no name of a network interface",
-                nic.tap
-            )));
-        }
-        let is_mac = nic.mac.len() == 17
-            && nic.mac.bytes().enumerate().all(|(at, byte)| match at % 3 {
-                2 => byte == b':',
-                _ => byte.is_ascii_hexdigit(),
-            });
-        if !is_mac {
-            return Err(invalid(format!("{:?} is no MAC address", nic.mac)));
-        }
-    }
+    spec.check_words()?;
     if spec.cpus == 0 || spec.cpus > 255 {
         return Err(invalid(format!(
             "{} virtual CPUs: the board takes 1 to 255",
@@ -392,16 +327,6 @@ fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
 
 fn invalid(message: String) -> VmmError {
     VmmError::InvalidSpec(message)
-}
-
-/// The path as QEMU can take it: text, absolute, without line breaks.
-pub(crate) fn text(path: &Path) -> Result<String, VmmError> {
-    match path.to_str() {
-        Some(text) if path.is_absolute() && !text.contains(|letter: char| letter.is_control()) => {
-            Ok(text.to_owned())
-        }
-        _ => Err(invalid(format!("{path:?} is no absolute path of printable text"))),
-    }
 }
 
 /// The path as a value in a list of options, where a comma separates and two are one.

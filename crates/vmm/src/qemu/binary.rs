@@ -3,19 +3,16 @@
 //! Invariant: answers belong to one binary (path, size, time of change). When the file changes, everything is
 //! asked anew; otherwise an answer costs one `stat`.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::process::Command;
 use tokio::sync::Mutex;
 
 use super::arguments::Host;
 use super::board::Board;
-use crate::probe::{TscFrequency, kvm_runs_a_guest};
+use crate::binaries::{Stamp, output};
+use crate::probe::{TscFrequency, kvm_opens, kvm_runs_a_guest, processor_abilities, processor_name};
 use crate::{Accelerator, StateIdentity, VmmError};
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -23,7 +20,6 @@ const PROGRAM: &str = "qemu-system-x86_64";
 const OLDEST: (u32, u32) = (7, 0);
 /// Goes up when a machine of the same specification gets other devices than before, or others places for them.
 const DEVICES_REVISION: u32 = 1;
-const QUERY_DEADLINE: Duration = Duration::from_secs(30);
 const FIRMWARE: [&str; 3] = [
     "/usr/share/qemu/qboot.rom",
     "/usr/share/qboot/qboot.rom",
@@ -59,9 +55,9 @@ impl Facts {
                 firmware.to_string_lossy()
             ),
             cpu: match arguments.accelerator {
-                Accelerator::Kvm => format!("host {}", processor_abilities(&processors())),
+                Accelerator::Kvm => format!("host {}", processor_abilities()),
                 // The guest's clock counts the host's cycles, at the rate that was measured when it booted.
-                Accelerator::Tcg => format!("max, cycles of {}", processor_name(&processors())),
+                Accelerator::Tcg => format!("max, cycles of {}", processor_name()),
             },
             accelerator: arguments.accelerator,
         }
@@ -77,15 +73,6 @@ pub(crate) struct QemuHost {
     cache: Option<PathBuf>,
     tsc: TscFrequency,
     known: Mutex<Option<(Stamp, Arc<Facts>)>>,
-}
-
-/// What tells one binary from another.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
-    path: PathBuf,
-    size: u64,
-    changed: (i64, i64),
-    boot_id: String,
 }
 
 /// A judgement on KVM, kept over a restart of the server.
@@ -217,6 +204,18 @@ impl QemuHost {
         })
     }
 
+    /// Why no VMM should run its guests by KVM here, in words for an operator. Without a QEMU to try it with, a
+    /// device that opens has to do.
+    pub(crate) async fn refusal_of_kvm(&self) -> Option<String> {
+        let Ok(program) = self.program() else {
+            return kvm_opens().err();
+        };
+        match Stamp::of(&program) {
+            Ok(stamp) => self.judge(&program, &stamp).await,
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
     /// Why KVM cannot be used, from the record of this boot or from an experiment.
     async fn judge(&self, program: &Path, stamp: &Stamp) -> Option<String> {
         if let Some(judgement) = self.recorded().filter(|judgement| judgement.stamp == *stamp) {
@@ -246,80 +245,6 @@ impl QemuHost {
         if let Err(error) = write() {
             tracing::debug!(%error, path = %path.display(), "the judgement on KVM is not kept");
         }
-    }
-}
-
-impl Stamp {
-    fn of(path: &Path) -> Result<Self, VmmError> {
-        let context = || format!("cannot look at {}", path.display());
-        let metadata = std::fs::metadata(path).map_err(|source| VmmError::Io {
-            context: context(),
-            source,
-        })?;
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Ok(Self {
-            path: path.to_owned(),
-            size: metadata.len(),
-            changed: (metadata.mtime(), metadata.mtime_nsec()),
-            boot_id: boot_id.trim().to_owned(),
-        })
-    }
-}
-
-fn processors() -> String {
-    std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
-}
-
-/// Names and values of the first processor in `/proc/cpuinfo`.
-fn first_processor(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    let first = text.split("\n\n").next().unwrap_or_default();
-    first
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .map(|(name, value)| (name.trim(), value.trim()))
-}
-
-/// What the processor is called; tells one rate of the counter from another.
-fn processor_name(text: &str) -> String {
-    let name = first_processor(text)
-        .find(|(name, _)| *name == "model name")
-        .map(|(_, value)| value);
-    name.map_or_else(|| processor_abilities(text), str::to_owned)
-}
-
-/// What the processor is and can, in short: a guest that sees it cannot go on on another one. The names are those
-/// of x86 and of ARM; the list of abilities is long, so it is hashed.
-fn processor_abilities(text: &str) -> String {
-    let words = first_processor(text).filter_map(|(name, value)| match name {
-        "vendor_id" | "cpu family" | "model" | "stepping" | "CPU implementer" | "CPU part" => {
-            Some(value.to_owned())
-        }
-        "flags" | "Features" => Some(format!("{:016x}", fnv1a(value.as_bytes()))),
-        _ => None,
-    });
-    words.collect::<Vec<_>>().join(" ")
-}
-
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
-
-async fn output(program: &Path, arguments: &[&str]) -> Result<String, VmmError> {
-    let run = Command::new(program)
-        .args(arguments)
-        .env_clear()
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let unusable =
-        |reason: String| VmmError::Unavailable(format!("{} cannot be used: {reason}", program.display()));
-    match tokio::time::timeout(QUERY_DEADLINE, run).await {
-        Ok(Ok(output)) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        Ok(Ok(output)) => Err(unusable(format!("{}", output.status))),
-        Ok(Err(error)) => Err(unusable(error.to_string())),
-        Err(_) => Err(unusable("it does not answer".to_owned())),
     }
 }
 
@@ -361,21 +286,6 @@ mod tests {
         assert_eq!(q35_name(machines).as_deref(), Some("pc-q35-7.2"));
         assert_eq!(q35_name("none\n"), None);
         assert_eq!(parse_version("something else"), None);
-    }
-
-    #[test]
-    fn processors_are_told_apart_by_what_a_guest_can_see() {
-        let text = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon @ 2.60GHz\n\
-            stepping\t: 7\ncpu MHz\t\t: 2600.1\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nvendor_id\t: Other\n";
-        assert_eq!(processor_name(text), "Xeon @ 2.60GHz");
-        let abilities = processor_abilities(text);
-        assert!(abilities.starts_with("GenuineIntel 6 85 7 "), "{abilities}");
-        assert_eq!(abilities, processor_abilities(&text.replace("2600.1", "1200.0")));
-        assert_ne!(abilities, processor_abilities(&text.replace("avx2", "avx512f")));
-        assert_eq!(
-            processor_name("CPU implementer : 0x41\nCPU part : 0xd0c\n"),
-            "0x41 0xd0c"
-        );
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use rustix::fs::MemfdFlags;
 use serde_json::json;
 
 use super::control::{COMMAND_DEADLINE, Control};
+use crate::memory::Segment;
 use crate::{GuestMemory, VmmError};
 
 /// Saving writes back the host's cache of the disks first.
@@ -31,7 +32,7 @@ pub(super) async fn guest_memory(control: &Control, length: u64) -> Result<Guest
     })?;
     let process = Arc::clone(control.process());
     let pid = process.identity().pid;
-    GuestMemory::open(process, address, length).map_err(|source| VmmError::Io {
+    GuestMemory::open(process, vec![Segment { address, length }]).map_err(|source| VmmError::Io {
         context: format!("cannot look at the memory of process {pid}"),
         source,
     })

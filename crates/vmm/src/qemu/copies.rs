@@ -27,9 +27,10 @@ use rustix::fs::MemfdFlags;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::arguments::{raw_node, text};
+use super::arguments::raw_node;
 use super::control::{COMMAND_DEADLINE, Control};
-use super::io_error;
+use crate::files::io_error;
+use crate::spec::text;
 use crate::{Disk, DiskCopies, DiskCopy, VmmError};
 
 /// What names of our jobs and nodes begin with.

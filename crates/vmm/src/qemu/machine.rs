@@ -11,14 +11,15 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::arguments::{AGENT_SOCKET, CONSOLE_CHARDEV, LOG_CHARDEV, MEBIBYTE, PID_FILE};
-use super::console::Console;
 use super::control::{COMMAND_DEADLINE, Control};
 use super::{capture, copies, restore};
+use crate::console::Console;
 use crate::files::append_only;
 use crate::process::{Ended, resident_and_cpu};
+use crate::spec::text;
 use crate::{
     AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
-    MachineStats, ProcessIdentity, Restore, RunState, VmmError,
+    MachineStats, ProcessIdentity, Restore, RunState, StateIdentity, VmmError,
 };
 
 /// A live (or just ended) QEMU process and our connection to it.
@@ -30,11 +31,17 @@ pub(crate) struct QemuMachine {
     disks: Vec<Disk>,
     workload_log: PathBuf,
     console: Console,
+    identity: Option<StateIdentity>,
     killed: AtomicBool,
 }
 
 impl QemuMachine {
-    pub(super) fn new(control: Control, console: Console, spec: &MachineSpec) -> Self {
+    pub(super) fn new(
+        control: Control,
+        console: Console,
+        spec: &MachineSpec,
+        identity: Option<StateIdentity>,
+    ) -> Self {
         Self {
             control: Arc::new(control),
             agent_path: spec.runtime_directory.join(AGENT_SOCKET),
@@ -42,6 +49,7 @@ impl QemuMachine {
             disks: spec.disks.clone(),
             workload_log: spec.workload_log.clone(),
             console,
+            identity,
             killed: AtomicBool::new(false),
         }
     }
@@ -67,7 +75,7 @@ impl QemuMachine {
         fresh.push(".new");
         let fresh = PathBuf::from(fresh);
         append_only(&fresh)?;
-        let out = super::arguments::text(&fresh)?;
+        let out = text(&fresh)?;
         let backend = json!({ "type": "file", "data": { "out": out, "append": true } });
         self.command(
             "chardev-change",
@@ -137,6 +145,10 @@ impl QemuMachine {
 impl Machine for QemuMachine {
     fn process(&self) -> &ProcessIdentity {
         self.control.process().identity()
+    }
+
+    fn state_identity(&self) -> Option<&StateIdentity> {
+        self.identity.as_ref()
     }
 
     fn agent_channel(&self) -> AgentChannel {

@@ -15,13 +15,11 @@ mod arguments;
 mod binary;
 mod board;
 mod capture;
-mod console;
 mod control;
 mod copies;
 mod machine;
 mod qmp;
 mod restore;
-mod words;
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
@@ -36,13 +34,12 @@ use async_trait::async_trait;
 use self::arguments::{AGENT_SOCKET, PID_FILE, QMP_SOCKET, Sockets, Start};
 pub(crate) use self::binary::QemuHost;
 pub(crate) use self::board::Board;
-use self::console::Console;
 use self::control::Control;
 use self::machine::QemuMachine;
 use self::restore::StatePipe;
-use self::words::Words;
+use crate::console::{self, Console};
 use crate::files::{append_only, io_error};
-use crate::process::{Detached, ProcessHandle, processes_with_argument, spawn_detached};
+use crate::process::{Detached, KillOnDrop, ProcessHandle, Words, processes_with_argument, spawn_detached};
 use crate::{
     Capabilities, Feature, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore, StateIdentity, Vmm,
     VmmError, VmmKind,
@@ -79,6 +76,11 @@ impl Qemu {
             // QEMU would wait for the first byte for ever.
             Some(restore) if restore.device_state.is_empty() => {
                 return Err(VmmError::StartFailed("the device state is empty".to_owned()));
+            }
+            Some(restore) if restore.identity != facts.state_identity(self.board) => {
+                return Err(VmmError::StartFailed(
+                    "the device state was written by another QEMU".to_owned(),
+                ));
             }
             Some(restore) => {
                 let pipe = StatePipe::new()?;
@@ -118,6 +120,7 @@ impl Qemu {
             spawn_detached(Detached {
                 program: &program,
                 arguments,
+                directory: Path::new("/"),
                 output,
                 keep: &keep,
                 forbid_holes,
@@ -134,9 +137,10 @@ impl Qemu {
                 return Err(failed());
             }
         };
-        let mut guard = KillOnDrop(Some(Arc::clone(&process)));
+        let guard = KillOnDrop::of(&process);
         let control = Control::new(spec.id.clone(), Arc::clone(&process), qmp_path);
-        let machine = QemuMachine::new(control, console.clone(), spec);
+        let identity = facts.state_identity(self.board);
+        let machine = QemuMachine::new(control, console.clone(), spec, Some(identity));
         let ready = async {
             machine.control().connect(START_DEADLINE).await?;
             match restore {
@@ -162,7 +166,7 @@ impl Qemu {
             },
             _ = process.ended() => return Err(failed()),
         }
-        guard.0 = None;
+        guard.forget();
         std::mem::forget(sockets);
         Ok(machine)
     }
@@ -205,15 +209,16 @@ impl Vmm for Qemu {
         Ok(Box::new(self.start(spec, Some(restore)).await?))
     }
 
-    async fn state_identity(&self) -> Result<StateIdentity, VmmError> {
+    async fn state_identities(&self) -> Result<Vec<StateIdentity>, VmmError> {
         let facts = self.host.facts(self.board).await?;
-        Ok(facts.state_identity(self.board))
+        Ok(vec![facts.state_identity(self.board)])
     }
 
     async fn adopt(
         &self,
         spec: &MachineSpec,
         process: &ProcessIdentity,
+        identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
         let handle = ProcessHandle::of_recorded(process)
             .map_err(|source| VmmError::Io {
@@ -227,6 +232,7 @@ impl Vmm for Qemu {
             Control::new(spec.id.clone(), Arc::new(handle), socket),
             console,
             spec,
+            identity.cloned(),
         );
         // Connected early to hear events. A VMM that hangs is adopted all the same: it can still be killed.
         match machine.control().connect(Duration::from_secs(1)).await {
@@ -260,17 +266,6 @@ impl Drop for OwnedSockets {
         for path in &self.0 {
             let _ = fs::remove_file(path);
             let _ = fs::remove_file(path.with_file_name(PID_FILE));
-        }
-    }
-}
-
-/// Kills a process whose start was cancelled or failed; its watching task reaps it.
-struct KillOnDrop(Option<Arc<ProcessHandle>>);
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(process) = &self.0 {
-            let _ = process.kill();
         }
     }
 }

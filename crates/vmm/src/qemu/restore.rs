@@ -53,7 +53,9 @@ pub(super) async fn load(
     let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
     // By default the new process would announce the MAC address of the captured machine, which may still run.
     let silence = json!({ "announce-rounds": 0 });
-    let Restore { device_state, patch } = restore;
+    let Restore {
+        device_state, patch, ..
+    } = restore;
     let is_patched = patch.is_some();
     let memory = async move {
         match is_patched {

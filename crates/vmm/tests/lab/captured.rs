@@ -15,12 +15,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::Instant;
 
-use hypeman_vmm::{Machine, MachineSpec, Patch, Restore, RunState, VmmKind};
+use hypeman_vmm::{Machine, MachineSpec, Patch, Restore, RunState, StateIdentity, VmmKind};
 
 use super::{Agent, Lab, PATIENCE, Running};
 
 /// A machine at one instant.
 pub struct Captured {
+    pub identity: StateIdentity,
     pub state: Vec<u8>,
     pub ranges: Vec<Range<u64>>,
     pub memory: OwnedFd,
@@ -75,6 +76,7 @@ pub async fn take(machine: &dyn Machine) -> Captured {
     let ranges = memory.populated().unwrap();
     let copy = memory.copy_to_memfd(&ranges).unwrap();
     Captured {
+        identity: machine.state_identity().unwrap().clone(),
         state,
         ranges,
         memory: copy,
@@ -106,6 +108,7 @@ pub async fn restore(
 ) -> Running {
     let start = Instant::now();
     let restore = Restore {
+        identity: captured.identity.clone(),
         device_state: captured.state.clone(),
         patch,
     };

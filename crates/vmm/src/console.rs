@@ -6,12 +6,13 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::words::Words;
+use crate::process::Words;
 
 /// Written by us before each start, so that an older boot is not taken for this one.
 pub(crate) const START_MARK: &str = "--- hypeman starts machine ";
 
 const PANIC_MARK: &str = "Kernel panic - not syncing";
+const RESTART_MARK: &str = "reboot: Restarting system";
 const POWER_OFF_MARK: &str = "reboot: Power down";
 /// What is shown of the end.
 const TAIL_BYTES: usize = 4096;
@@ -68,6 +69,11 @@ impl Console {
     /// True when the kernel of this boot said that it powers off.
     pub(crate) fn shows_power_off(&self) -> bool {
         self.this_boot().contains(POWER_OFF_MARK)
+    }
+
+    /// True when the kernel of this boot said that it restarts.
+    pub(crate) fn shows_restart(&self) -> bool {
+        self.this_boot().contains(RESTART_MARK)
     }
 
     fn words(&self) -> String {

@@ -1,0 +1,213 @@
+//! What Firecracker is told, as pure functions of the machine.
+//!
+//! Invariant: nothing of a spec can become anything but a value: everything goes into JSON.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::files::{GUEST_SOCKET, STATE, disk};
+use crate::spec::text;
+use crate::{IoLimit, MachineSpec, VmmError};
+
+const MEBIBYTE: u64 = 1 << 20;
+/// The guest's number on its own bus; every machine has its own bus.
+const GUEST_CID: u32 = 3;
+const NIC: &str = "eth0";
+/// Rates are counted by the second.
+const REFILL_MILLISECONDS: u64 = 1000;
+const MAX_CPUS: u32 = 32;
+
+/// Whether Firecracker can build it.
+pub(super) fn check(spec: &MachineSpec, max_disks: usize) -> Result<(), VmmError> {
+    spec.check_words()?;
+    let invalid = |message: String| Err(VmmError::InvalidSpec(message));
+    if spec.cpus == 0 || spec.cpus > MAX_CPUS {
+        return invalid(format!(
+            "{} virtual CPUs: Firecracker takes 1 to {MAX_CPUS}",
+            spec.cpus
+        ));
+    }
+    if !spec.memory_bytes.is_multiple_of(MEBIBYTE) || spec.memory_bytes < 16 * MEBIBYTE {
+        return invalid(format!(
+            "{} bytes of memory: Firecracker takes whole MiB, 16 and more",
+            spec.memory_bytes
+        ));
+    }
+    if spec.disks.len() > max_disks {
+        return invalid(format!(
+            "{} disks: Firecracker takes {max_disks}",
+            spec.disks.len()
+        ));
+    }
+    for disk in &spec.disks {
+        text(&disk.path)?;
+    }
+    Ok(())
+}
+
+/// A machine that boots its kernel.
+pub(super) fn boot(spec: &MachineSpec, command_line: &str) -> Value {
+    let drives: Vec<Value> = spec
+        .disks
+        .iter()
+        .enumerate()
+        .map(|(index, of_spec)| {
+            let mut drive = json!({
+                "drive_id": disk(index),
+                "path_on_host": disk(index),
+                "is_root_device": false,
+                "is_read_only": of_spec.read_only,
+                "cache_type": "Writeback",
+                "io_engine": "Sync",
+            });
+            if let Some(limit) = of_spec.limit {
+                drive["rate_limiter"] = json!({ "bandwidth": bucket(limit) });
+            }
+            drive
+        })
+        .collect();
+    let nics: Vec<Value> = spec
+        .nic
+        .iter()
+        .map(|nic| json!({ "iface_id": NIC, "host_dev_name": nic.tap, "guest_mac": nic.mac }))
+        .collect();
+    json!({
+        "boot-source": {
+            "kernel_image_path": spec.kernel,
+            "initrd_path": spec.initramfs,
+            "boot_args": command_line,
+        },
+        "machine-config": {
+            "vcpu_count": spec.cpus,
+            "mem_size_mib": spec.memory_bytes / MEBIBYTE,
+            "smt": false,
+            // What changed is read from the page tables; tracking it would cost a fault a page.
+            "track_dirty_pages": false,
+        },
+        "drives": drives,
+        "network-interfaces": nics,
+        "vsock": { "guest_cid": GUEST_CID, "uds_path": GUEST_SOCKET },
+        "entropy": {},
+        "balloon": {
+            "amount_mib": 0,
+            "deflate_on_oom": true,
+            "stats_polling_interval_s": 0,
+            "free_page_reporting": true,
+        },
+    })
+}
+
+/// A captured machine that is to go on upon a private mapping of `memory`.
+pub(super) fn load(spec: &MachineSpec, memory: &Path) -> Result<Value, VmmError> {
+    let overrides: Vec<Value> = spec
+        .nic
+        .iter()
+        .map(|nic| json!({ "iface_id": NIC, "host_dev_name": nic.tap }))
+        .collect();
+    Ok(json!({
+        "snapshot_path": STATE,
+        "mem_backend": { "backend_type": "File", "backend_path": text(memory)? },
+        "track_dirty_pages": false,
+        "resume_vm": false,
+        "network_overrides": overrides,
+    }))
+}
+
+fn bucket(limit: IoLimit) -> Value {
+    let sustained = limit.bytes_per_second.max(1);
+    json!({
+        "size": sustained,
+        "one_time_burst": limit.burst_bytes_per_second.saturating_sub(sustained),
+        "refill_time": REFILL_MILLISECONDS,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::{Disk, MemoryBacking, Nic};
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            id: "machine-1".to_owned(),
+            runtime_directory: PathBuf::from("/run/machine"),
+            cpus: 2,
+            memory_bytes: 256 << 20,
+            memory: MemoryBacking::Anonymous,
+            kernel: PathBuf::from("/k/vmlinux"),
+            initramfs: PathBuf::from("/k/initramfs"),
+            kernel_arguments: Vec::new(),
+            disks: vec![
+                Disk {
+                    path: PathBuf::from("/images/root"),
+                    read_only: true,
+                    limit: None,
+                },
+                Disk {
+                    path: PathBuf::from("/instances/a/overlay"),
+                    read_only: false,
+                    limit: Some(IoLimit {
+                        bytes_per_second: 1000,
+                        burst_bytes_per_second: 4000,
+                    }),
+                },
+            ],
+            nic: Some(Nic {
+                tap: "hm-1".to_owned(),
+                mac: "02:00:00:00:00:01".to_owned(),
+            }),
+            workload_log: PathBuf::from("/l/app.log"),
+            vmm_log: PathBuf::from("/l/vmm.log"),
+        }
+    }
+
+    #[test]
+    fn no_path_of_a_machine_gets_into_what_its_state_will_name() {
+        let configuration = boot(&spec(), "console=ttyS0");
+        for drive in configuration["drives"].as_array().unwrap() {
+            assert_eq!(drive["path_on_host"], drive["drive_id"]);
+            assert_eq!(drive["is_root_device"], false);
+        }
+        assert_eq!(configuration["drives"][0]["is_read_only"], true);
+        assert_eq!(configuration["vsock"]["uds_path"], GUEST_SOCKET);
+        let bucket = &configuration["drives"][1]["rate_limiter"]["bandwidth"];
+        assert_eq!(
+            (&bucket["size"], &bucket["one_time_burst"]),
+            (&json!(1000), &json!(3000))
+        );
+    }
+
+    #[test]
+    fn a_loaded_machine_gets_its_own_tap_and_stays_paused() {
+        let request = load(&spec(), Path::new("/memory/base")).unwrap();
+        assert_eq!(request["network_overrides"][0]["host_dev_name"], "hm-1");
+        assert_eq!(request["resume_vm"], false);
+        assert_eq!(request["mem_backend"]["backend_path"], "/memory/base");
+        assert!(load(&spec(), Path::new("relative")).is_err());
+        let alone = MachineSpec { nic: None, ..spec() };
+        let request = load(&alone, Path::new("/memory/base")).unwrap();
+        assert_eq!(request["network_overrides"], json!([]));
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_refused_before_anything_starts() {
+        assert!(check(&spec(), 2).is_ok());
+        assert!(check(&spec(), 1).is_err());
+        for broken in [
+            MachineSpec { cpus: 33, ..spec() },
+            MachineSpec {
+                memory_bytes: (256 << 20) + 4096,
+                ..spec()
+            },
+            MachineSpec {
+                id: "a,b".to_owned(),
+                ..spec()
+            },
+        ] {
+            assert!(check(&broken, 2).is_err(), "{broken:?}");
+        }
+    }
+}

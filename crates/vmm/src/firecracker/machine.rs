@@ -1,0 +1,222 @@
+//! A machine in a Firecracker process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hypeman_guest_api::AGENT_VSOCK_PORT;
+use hyper::Method;
+use serde_json::json;
+use tokio::sync::Mutex;
+
+use super::files::Files;
+use super::hold::{self, Hold};
+use crate::console::Console;
+use crate::memory::Segment;
+use crate::process::{Ended, resident_and_cpu};
+use crate::rest::{CALL_DEADLINE, RestClient};
+use crate::workload_log::WorkloadLog;
+use crate::{
+    AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
+    MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, disk_copies,
+};
+
+/// A live (or just ended) Firecracker process and our way to it.
+#[derive(Debug)]
+pub(super) struct FirecrackerMachine {
+    client: RestClient,
+    files: Files,
+    console: Console,
+    /// Where guest memory lies; `None` where that was not written down.
+    segments: Option<Vec<Segment>>,
+    identity: Option<StateIdentity>,
+    disks: Vec<Disk>,
+    workload_log: WorkloadLog,
+    /// There while the machine waits for us with everything.
+    hold: Mutex<Option<Hold>>,
+    killed: AtomicBool,
+}
+
+impl FirecrackerMachine {
+    pub(super) fn new(
+        client: RestClient,
+        files: Files,
+        console: Console,
+        segments: Option<Vec<Segment>>,
+        identity: Option<StateIdentity>,
+        spec: &MachineSpec,
+        workload_log: WorkloadLog,
+    ) -> Self {
+        Self {
+            client,
+            files,
+            console,
+            segments,
+            identity,
+            disks: spec.disks.clone(),
+            workload_log,
+            hold: Mutex::new(None),
+            killed: AtomicBool::new(false),
+        }
+    }
+
+    async fn change_state(&self, state: &str) -> Result<(), VmmError> {
+        let body = json!({ "state": state });
+        self.client
+            .call(Method::PATCH, "/vm", Some(&body), CALL_DEADLINE)
+            .await
+            .map(drop)
+    }
+
+    fn exit_kind(&self, ended: Ended) -> ExitKind {
+        if self.killed.load(Ordering::Acquire) {
+            return ExitKind::Stopped;
+        }
+        match ended {
+            Ended::Signal(number) => ExitKind::Signal { number },
+            Ended::Code(code) if code != 0 => ExitKind::Code { code },
+            // A guest ends its machine by a reboot, whatever its reason.
+            _ => match self.console.panic_message() {
+                Some(message) => ExitKind::Panic {
+                    message: Some(message),
+                },
+                None if ended == Ended::Code(0) || self.console.shows_restart() => ExitKind::PowerOff,
+                None => ExitKind::Unknown,
+            },
+        }
+    }
+}
+
+#[async_trait]
+impl Machine for FirecrackerMachine {
+    fn process(&self) -> &ProcessIdentity {
+        self.client.process().identity()
+    }
+
+    fn state_identity(&self) -> Option<&StateIdentity> {
+        self.identity.as_ref()
+    }
+
+    fn agent_channel(&self) -> AgentChannel {
+        AgentChannel::VsockSocket {
+            path: self.files.guest_socket(),
+            port: AGENT_VSOCK_PORT,
+        }
+    }
+
+    async fn run_state(&self, deadline: Duration) -> Result<RunState, VmmError> {
+        if self.hold.lock().await.is_some() {
+            return Ok(RunState::Paused);
+        }
+        let about = self.client.call(Method::GET, "/", None, deadline).await?;
+        match about["state"].as_str() {
+            Some("Running") => Ok(RunState::Running),
+            Some("Paused") => Ok(RunState::Paused),
+            _ => Ok(RunState::Created),
+        }
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.change_state("Paused").await
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        if let Some(hold) = self.hold.lock().await.take() {
+            hold.release().await;
+        }
+        self.change_state("Resumed").await
+    }
+
+    async fn guest_memory(&self) -> Result<GuestMemory, VmmError> {
+        let segments = self.segments.clone().ok_or(VmmError::Unsupported {
+            kind: VmmKind::Firecracker,
+            feature: "the capture of a machine whose memory was not found when it started",
+        })?;
+        GuestMemory::open(Arc::clone(self.client.process()), segments).map_err(|source| VmmError::Io {
+            context: format!("cannot look at the memory of process {}", self.process().pid),
+            source,
+        })
+    }
+
+    /// Firecracker tells the guest, in its memory, that its connections end here.
+    fn memory_rests_while_saving(&self) -> bool {
+        false
+    }
+
+    async fn save_devices(&self) -> Result<Vec<u8>, VmmError> {
+        let mut held = self.hold.lock().await;
+        if let Some(hold) = held.take() {
+            hold.release().await;
+        }
+        let (state, hold) = hold::save(&self.client, &self.files).await?;
+        *held = Some(hold);
+        Ok(state)
+    }
+
+    async fn prepare_disk_copies(&self, copies: &[DiskCopy]) -> Result<Box<dyn DiskCopies>, VmmError> {
+        Ok(Box::new(disk_copies::prepare(&self.disks, copies).await?))
+    }
+
+    async fn power_button(&self) -> Result<(), VmmError> {
+        let body = json!({ "action_type": "SendCtrlAltDel" });
+        self.client
+            .call(Method::PUT, "/actions", Some(&body), CALL_DEADLINE)
+            .await
+            .map(drop)
+    }
+
+    async fn kill(&self) -> Result<(), VmmError> {
+        let process = self.client.process();
+        if process.ended_now().is_none() {
+            self.killed.store(true, Ordering::Release);
+            process.kill().map_err(|source| VmmError::Io {
+                context: format!("cannot kill process {}", process.identity().pid),
+                source,
+            })?;
+            process.ended().await;
+        }
+        self.files.remove();
+        Ok(())
+    }
+
+    async fn exited(&self) {
+        self.client.process().ended().await;
+    }
+
+    async fn exit_cause(&self) -> ExitCause {
+        match self.client.process().ended_now() {
+            None => ExitCause {
+                kind: ExitKind::Running,
+                console_tail: String::new(),
+            },
+            Some(ended) => ExitCause {
+                kind: self.exit_kind(ended),
+                console_tail: self.console.tail(),
+            },
+        }
+    }
+
+    async fn reopen_workload_log(&self) -> Result<(), VmmError> {
+        self.workload_log.reopen().await
+    }
+
+    fn keeps_vmm_log(&self) -> bool {
+        true
+    }
+
+    async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
+        Err(VmmError::Unsupported {
+            kind: VmmKind::Firecracker,
+            feature: "another file for its console",
+        })
+    }
+
+    fn stats(&self) -> Result<MachineStats, VmmError> {
+        let process = self.client.process();
+        if process.ended_now().is_some() || !process.identity().is_alive() {
+            return Err(VmmError::Gone);
+        }
+        resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
+    }
+}

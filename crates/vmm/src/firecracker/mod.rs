@@ -1,0 +1,396 @@
+//! Firecracker.
+//!
+//! ```text
+//! launch:  configuration file ─► spawn in the runtime directory ─► socket answers ─► memory found ─► Machine
+//!                                  │ any failure: kill, reap, remove, tell the end of the log
+//! restore: spawn ─► socket answers ─► load (memory mapped privately) ─► patch ─► Machine, paused
+//! adopt:   pidfd ─► identity equal? ─► let go of what a dead server held ─► Machine
+//! ```
+//!
+//! Firecracker writes the paths of disks and sockets into its device state and opens the same ones when it loads it.
+//! So it runs in the machine's runtime directory and knows them by short relative names, which lead elsewhere in
+//! each machine (`files.rs`): no fork depends on its source's directory.
+
+mod configuration;
+mod files;
+mod hold;
+mod machine;
+
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hyper::Method;
+
+use self::files::Files;
+use self::machine::FirecrackerMachine;
+use crate::binaries::{Binaries, Binary, Version};
+use crate::console::{self, Console};
+use crate::files::{append_only, io_error};
+use crate::gate::KvmGate;
+use crate::kernel_arguments;
+use crate::memory::{Segment, locate};
+use crate::probe::processor_abilities;
+use crate::process::{Detached, KillOnDrop, ProcessHandle, processes_with_argument, spawn_detached};
+use crate::rest::RestClient;
+use crate::socket::until_it_listens;
+use crate::workload_log::WorkloadLog;
+use crate::{
+    Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
+    Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions,
+};
+
+/// The oldest version whose configuration and device state this driver was verified with. All older ones with known
+/// holes (the last is CVE-2019-18960) are far below.
+pub(crate) const OLDEST: Version = Version::new(1, 15, 0);
+/// Goes up when a machine of the same specification gets other devices than before.
+const DEVICES_REVISION: u32 = 1;
+/// How long a starting Firecracker may take until it answers. It takes 10 ms on an idle machine.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+/// Loading maps memory and reads none of it.
+const LOAD_DEADLINE: Duration = Duration::from_secs(60);
+/// Where the gap for 32-bit devices begins; memory goes on above 4 GiB in a mapping of its own.
+const GAP: u64 = 3 << 30;
+/// What lies between 4 GiB and the gap for 64-bit devices.
+const FAR_GAP: u64 = (256 << 30) - (4 << 30);
+/// Where the boot protocol puts the kernel's command line.
+const COMMAND_LINE: u64 = 0x20000;
+/// The MMIO bus of Firecracker has so many interrupt lines; some are for the other devices.
+const MAX_DISKS: usize = 13;
+
+/// Firecracker on this host.
+#[derive(Debug)]
+pub(crate) struct Firecracker {
+    binaries: Binaries,
+    kvm: KvmGate,
+}
+
+impl Firecracker {
+    pub(crate) fn new(options: &VmmOptions, search_path: Vec<PathBuf>, kvm: KvmGate) -> Self {
+        let binaries = Binaries::new(
+            "Firecracker",
+            "firecracker",
+            OLDEST,
+            options.firecracker_binary.clone(),
+            search_path,
+            options.versions_directory.as_deref(),
+        );
+        Self { binaries, kvm }
+    }
+
+    async fn usable(&self) -> Result<Vec<Binary>, VmmError> {
+        let binaries = self.binaries.all().await?;
+        self.kvm.check().await?;
+        Ok(binaries)
+    }
+
+    async fn start(
+        &self,
+        spec: &MachineSpec,
+        binary: &Binary,
+        restore: Option<Restore>,
+    ) -> Result<FirecrackerMachine, VmmError> {
+        configuration::check(spec, MAX_DISKS)?;
+        let files = Files::of(&spec.runtime_directory);
+        let guard = files.prepare(spec)?;
+        let workload_log = WorkloadLog::listen(&files.log_socket(), &spec.workload_log)?;
+        let command_line = kernel_arguments::firecracker(spec)?;
+        if restore.is_none() {
+            files.write_configuration(&configuration::boot(spec, &command_line))?;
+        }
+        let mut log = append_only(&spec.vmm_log)?;
+        let log_start = log
+            .seek(SeekFrom::End(0))
+            .map_err(io_error("cannot read", &spec.vmm_log))?;
+        writeln!(log, "{}{}", console::START_MARK, spec.id)
+            .map_err(io_error("cannot write", &spec.vmm_log))?;
+        let console = Console::new(spec.vmm_log.clone(), None);
+        let process = self.spawn(spec, binary, &files, restore.is_none(), log).await?;
+        let failed = || VmmError::StartFailed(console.tail_since(log_start));
+        let process = Arc::new(process.ok_or_else(failed)?);
+        let kill = KillOnDrop::of(&process);
+        let client = RestClient::new(files.api_socket(), Arc::clone(&process));
+        let ready = async {
+            until_it_listens(client.socket(), START_DEADLINE).await?;
+            match restore {
+                None => booted(&client, spec, &command_line).await,
+                Some(restore) => load(&client, spec, &files, restore).await,
+            }
+        };
+        let outcome = tokio::select! {
+            biased;
+            outcome = ready => outcome,
+            _ = process.ended() => Err(VmmError::Gone),
+        };
+        let segments = match outcome {
+            Ok(segments) => segments,
+            Err(error) => {
+                process.kill().map_err(io_error("cannot kill", &binary.path))?;
+                process.ended().await;
+                return Err(match error {
+                    VmmError::Gone => failed(),
+                    error => error,
+                });
+            }
+        };
+        files.remember_memory(&segments)?;
+        kill.forget();
+        guard.forget();
+        let identity = Some(identity(binary.version));
+        Ok(FirecrackerMachine::new(
+            client,
+            files,
+            console,
+            Some(segments),
+            identity,
+            spec,
+            workload_log,
+        ))
+    }
+
+    async fn spawn(
+        &self,
+        spec: &MachineSpec,
+        binary: &Binary,
+        files: &Files,
+        configured: bool,
+        output: std::fs::File,
+    ) -> Result<Option<ProcessHandle>, VmmError> {
+        let mut arguments = vec![
+            "--id".into(),
+            spec.id.clone().into(),
+            "--api-sock".into(),
+            files.api_socket().into_os_string(),
+            "--level".into(),
+            "Warning".into(),
+        ];
+        if configured {
+            arguments.extend(["--config-file".into(), files::CONFIGURATION.into()]);
+        }
+        let (program, directory) = (binary.path.clone(), spec.runtime_directory.clone());
+        let spawned = tokio::task::spawn_blocking(move || {
+            spawn_detached(Detached {
+                program: &program,
+                arguments,
+                directory: &directory,
+                output,
+                keep: &[],
+                forbid_holes: false,
+            })
+        })
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let pid = spawned.map_err(io_error("cannot start", &binary.path))?;
+        Ok(ProcessHandle::of_child(pid)
+            .inspect_err(|error| tracing::debug!(%error, "Firecracker ended before it could be looked at"))
+            .ok())
+    }
+}
+
+/// Finds the memory of a machine that has just begun to boot.
+async fn booted(
+    client: &RestClient,
+    spec: &MachineSpec,
+    command_line: &str,
+) -> Result<Vec<Segment>, VmmError> {
+    // The socket is there before the machine is built; once this is answered it is built and runs.
+    client
+        .call(Method::GET, "/", None, START_DEADLINE)
+        .await
+        .map(drop)?;
+    let (process, command_line) = (Arc::clone(client.process()), command_line.to_owned());
+    let lengths = lengths(spec.memory_bytes);
+    memory_work("cannot find guest memory", move || {
+        let signature = locate::Signature {
+            offset: COMMAND_LINE,
+            bytes: command_line.as_bytes(),
+        };
+        locate::anonymous(&process, &lengths, &signature)
+    })
+    .await
+}
+
+/// Makes the process the captured machine, paused.
+async fn load(
+    client: &RestClient,
+    spec: &MachineSpec,
+    files: &Files,
+    restore: Restore,
+) -> Result<Vec<Segment>, VmmError> {
+    let MemoryBacking::Private(memory) = &spec.memory else {
+        return Err(VmmError::InvalidSpec(
+            "a captured machine needs its memory".to_owned(),
+        ));
+    };
+    files.write_state(&restore.device_state)?;
+    let request = configuration::load(spec, memory)?;
+    let loaded = client
+        .call(Method::PUT, "/snapshot/load", Some(&request), LOAD_DEADLINE)
+        .await;
+    loaded.map_err(|error| match error {
+        VmmError::Refused { message, .. } => VmmError::StartFailed(message),
+        error => error,
+    })?;
+    files.forget_state();
+    let (process, memory) = (Arc::clone(client.process()), memory.clone());
+    let lengths = lengths(spec.memory_bytes);
+    let segments = memory_work("cannot find guest memory", move || {
+        locate::private_file(&process, &memory, &lengths)
+    })
+    .await?;
+    if let Some(patch) = restore.patch {
+        // No device has read guest memory yet: they do when the machine goes on.
+        let (process, segments) = (Arc::clone(client.process()), segments.clone());
+        memory_work("cannot write the memory of the restored machine", move || {
+            patch(&GuestMemory::open(process, segments)?)
+        })
+        .await?;
+    }
+    Ok(segments)
+}
+
+async fn memory_work<T: Send + 'static>(
+    context: &str,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, VmmError> {
+    let outcome = tokio::task::spawn_blocking(work).await;
+    outcome
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(|source| VmmError::Io {
+            context: context.to_owned(),
+            source,
+        })
+}
+
+/// Lengths of the mappings of guest memory.
+fn lengths(memory_bytes: u64) -> Vec<u64> {
+    let mut rest = memory_bytes;
+    let mut lengths = Vec::new();
+    for room in [GAP, FAR_GAP, u64::MAX] {
+        let part = rest.min(room);
+        if part > 0 {
+            lengths.push(part);
+        }
+        rest -= part;
+    }
+    lengths
+}
+
+fn identity(version: Version) -> StateIdentity {
+    StateIdentity {
+        vmm: VmmKind::Firecracker,
+        version: version.to_string(),
+        machine: format!("devices={DEVICES_REVISION}"),
+        cpu: format!("host {}", processor_abilities()),
+        accelerator: Accelerator::Kvm,
+    }
+}
+
+#[async_trait]
+impl Vmm for Firecracker {
+    fn kind(&self) -> VmmKind {
+        VmmKind::Firecracker
+    }
+
+    async fn capabilities(&self) -> Capabilities {
+        match self.usable().await {
+            Ok(binaries) => Capabilities::Available {
+                version: binaries[0].version.to_string(),
+                accelerator: Accelerator::Kvm,
+                features: vec![
+                    Feature::Snapshots,
+                    Feature::Standby,
+                    Feature::Fork,
+                    Feature::Pause,
+                    Feature::Vsock,
+                    Feature::DiskIoLimit,
+                ],
+            },
+            Err(error) => Capabilities::Unavailable {
+                reason: error.to_string(),
+            },
+        }
+    }
+
+    fn max_disks(&self) -> usize {
+        MAX_DISKS
+    }
+
+    async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError> {
+        let binaries = self.usable().await?;
+        Ok(Box::new(self.start(spec, &binaries[0], None).await?))
+    }
+
+    async fn restore(&self, spec: &MachineSpec, restore: Restore) -> Result<Box<dyn Machine>, VmmError> {
+        let binaries = self.usable().await?;
+        let wrote_it = |binary: &&Binary| identity(binary.version) == restore.identity;
+        let binary = binaries.iter().find(wrote_it).ok_or_else(|| {
+            VmmError::StartFailed(format!(
+                "the device state was written by Firecracker {}, which is not here",
+                restore.identity.version
+            ))
+        })?;
+        Ok(Box::new(self.start(spec, binary, Some(restore)).await?))
+    }
+
+    async fn state_identities(&self) -> Result<Vec<StateIdentity>, VmmError> {
+        let binaries = self.usable().await?;
+        Ok(binaries.iter().map(|binary| identity(binary.version)).collect())
+    }
+
+    async fn adopt(
+        &self,
+        spec: &MachineSpec,
+        process: &ProcessIdentity,
+        identity: Option<&StateIdentity>,
+    ) -> Result<Box<dyn Machine>, VmmError> {
+        let process = ProcessHandle::of_recorded(process)
+            .map_err(|source| VmmError::Io {
+                context: format!("cannot look at process {}", process.pid),
+                source,
+            })?
+            .ok_or(VmmError::Gone)?;
+        let files = Files::of(&spec.runtime_directory);
+        files.let_go_of_a_hold();
+        let client = RestClient::new(files.api_socket(), Arc::new(process));
+        let console = Console::new(spec.vmm_log.clone(), None);
+        let segments = files.remembered_memory();
+        let workload_log = WorkloadLog::listen(&files.log_socket(), &spec.workload_log)?;
+        Ok(Box::new(FirecrackerMachine::new(
+            client,
+            files,
+            console,
+            segments,
+            identity.cloned(),
+            spec,
+            workload_log,
+        )))
+    }
+
+    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
+        let socket = Files::of(runtime_directory).api_socket();
+        processes_with_argument(socket.as_os_str(), |executable| {
+            executable
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("firecracker"))
+        })
+        .map_err(io_error("cannot scan", Path::new("/proc")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_above_the_gap_is_another_mapping() {
+        assert_eq!(lengths(128 << 20), [128 << 20]);
+        assert_eq!(lengths(3 << 30), [3 << 30]);
+        assert_eq!(lengths((3 << 30) + 4096), [3 << 30, 4096]);
+        let huge = lengths(300 << 30);
+        assert_eq!(huge.len(), 3);
+        assert_eq!(huge.iter().sum::<u64>(), 300 << 30);
+    }
+}
