@@ -27,18 +27,43 @@ pub fn repository() -> PathBuf {
         .to_owned()
 }
 
-/// The guest kernel that stories boot: `HYPEMAN_TEST_KERNEL`, else what the server finds on its own.
+/// The guest kernel that stories boot: one that runs with this host's KVM, where there is one; else
+/// `HYPEMAN_TEST_KERNEL`, else what the server finds on its own.
 #[must_use]
 pub fn kernel() -> Option<PathBuf> {
-    std::env::var_os("HYPEMAN_TEST_KERNEL")
+    let named = |variable| std::env::var_os(variable).map(PathBuf::from).filter(|path| path.exists());
+    kvm_kernel().or_else(|| named("HYPEMAN_TEST_KERNEL"))
+}
+
+/// A guest kernel of which somebody knows that it runs with this host's KVM: `HYPEMAN_TEST_KVM_KERNEL`. Stories then
+/// also run on the hypervisors that need KVM.
+#[must_use]
+pub fn kvm_kernel() -> Option<PathBuf> {
+    std::env::var_os("HYPEMAN_TEST_KVM_KERNEL")
         .map(PathBuf::from)
         .filter(|path| path.exists())
 }
 
-/// The hypervisors that a matrix runs over.
+/// The hypervisors that a matrix runs over. Tells which ones this host does not offer.
 #[must_use]
-pub fn hypervisors() -> [&'static str; 2] {
-    ["qemu", "qemu-microvm"]
+pub fn hypervisors() -> Vec<&'static str> {
+    let mut offered = vec!["qemu", "qemu-microvm"];
+    for kind in ["cloud-hypervisor", "firecracker"] {
+        if !have(kind) {
+            eprintln!("SKIPPED: on {kind}: it is not on the path");
+        } else if kvm_kernel().is_none() {
+            eprintln!(
+                "SKIPPED: on {kind}: no guest kernel is named that runs with this host's KVM (HYPEMAN_TEST_KVM_KERNEL)"
+            );
+        } else {
+            offered.push(kind);
+        }
+    }
+    // One of them alone, to look closer.
+    if let Ok(only) = std::env::var("HYPEMAN_TEST_HYPERVISOR") {
+        offered.retain(|kind| *kind == only);
+    }
+    offered
 }
 
 /// A small file system on a loop device, mounted; unmounted when dropped.

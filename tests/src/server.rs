@@ -311,6 +311,9 @@ fn write_configuration(
     if let Some(kernel) = crate::kernel() {
         settings["kernel"] = json!({"path": kernel});
     }
+    if crate::kvm_kernel().is_some() {
+        settings["hypervisor"]["trust_kvm"] = json!("true");
+    }
     for (key, value) in &options.settings {
         let place = key.split('.').fold(&mut settings, |place, part| &mut place[part]);
         *place = value.clone();
