@@ -201,6 +201,8 @@ async fn wake(
     let (client, _events) = GuestClient::connect(stream, Some(key), PATIENCE)
         .await
         .map_err(|error| failed(&error))?;
+    // It was captured with its workload held still.
+    client.thaw().await.map_err(|error| failed(&error))?;
     let request = ExecRequest {
         command: vec!["/bin/true".to_owned()],
         tty: None,

@@ -30,5 +30,6 @@ mod papers;
 mod registry;
 mod service;
 mod snapshots;
+mod snapshots_identity;
 mod snapshots_sharing;
 mod snapshots_travel;

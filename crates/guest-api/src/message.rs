@@ -51,6 +51,10 @@ pub enum Request {
         /// Nanoseconds since 1970.
         time_unix_nanos: i128,
     },
+    /// Hold everything but the agent still. Answered when it does; refused, it goes on.
+    Freeze,
+    /// Let it go on. Also answered when nothing stands still.
+    Thaw,
     /// Take over a new identity (after a fork).
     Reconfigure(Box<Reconfiguration>),
     /// Answer.

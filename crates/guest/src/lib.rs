@@ -18,5 +18,6 @@
 //! off, and never panics: errors are answers to the host or lines in the kernel log.
 
 pub mod agent;
+pub(crate) mod birth;
 pub mod log;
 pub mod machine;

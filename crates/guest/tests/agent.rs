@@ -5,9 +5,12 @@
 use std::{
     fs,
     future::Future,
-    os::unix::{
-        fs::{PermissionsExt, symlink},
-        net::UnixStream,
+    os::{
+        fd::BorrowedFd,
+        unix::{
+            fs::{PermissionsExt, symlink},
+            net::UnixStream,
+        },
     },
     pin::Pin,
     rc::Rc,
@@ -48,6 +51,16 @@ impl Machine for NoMachine {
 
     fn set_time(&self, _: i128) -> Result<(), String> {
         Err("no clock".into())
+    }
+
+    fn freeze(&self) -> Pin<Box<dyn Future<Output = Result<(), String>> + '_>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn thaw(&self) {}
+
+    fn session_group(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn shutdown(&self, agent: &Rc<Agent>, _: Duration) {

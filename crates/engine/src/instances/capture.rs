@@ -1,9 +1,9 @@
 //! Taking a snapshot's parts from an instance, whatever its state, without changing it.
 //!
 //! ```text
-//!  Running:  journal ─► pause ─► devices, changed pages into RAM, disk copy begun ─► resume
-//!                       └──────── the guest stands still ────────┘     │
-//!                                        memory image, disk, manifest ◄┘ while it runs again ─► journal cleared
+//!  Running:  journal ─► hold, pause ─► devices, changed pages into RAM, disk copy begun ─► resume, let go
+//!                       └──────── the guest stands still ────────────┘                       │
+//!                    memory image, disk, manifest, while it runs again ─► journal cleared  ◄─┘
 //!  Standby:  the memory image is shared, device state linked, disk copied
 //!  Stopped:  disk copied
 //! ```
@@ -116,13 +116,17 @@ impl Driver {
         faults::point("capture.recorded");
         let prepared = self.prepare(&machine, &overlay, &target).await;
         let began = std::time::Instant::now();
+        let held = self.hold_still().await;
+        faults::point("capture.held");
         let still = match prepared {
             Ok(prepared) => take(&machine, prepared, &overlay, &target).await,
             Err(error) => Err(error),
         };
         let resumed = machine.resume().await;
-        let pause = began.elapsed();
         faults::point("capture.resumed");
+        self.let_go(held).await;
+        let pause = began.elapsed();
+        faults::point("capture.let_go");
         let finished = match (still, resumed) {
             (Ok(still), Ok(())) => {
                 self.log.line(&format!(

@@ -7,8 +7,8 @@
 //!                                    └──► Failed
 //! ```
 //!
-//! A guest that goes on from a captured state is welcomed before anybody may use it: told the time, or, being a
-//! copy, who it is now.
+//! A guest that goes on from a captured state is welcomed before anybody may use it, and before its workload moves:
+//! told the time, or, being a copy, who it is now.
 //!
 //! In systemd mode the agent is a process that can die while the machine runs on. The VMM tells at once that nobody
 //! holds the agent's port open any more; pings find an agent that is there and does not get on.
@@ -210,9 +210,11 @@ impl Guest {
         };
         let (client, reports) = match GuestClient::connect(stream, Some(present_key), BOOT_DEADLINE).await {
             Ok(connection) => connection,
-            // It was told already, and the answer got lost: it must prove itself with the new secret.
-            Err(ChannelError::NotAuthentic) if matches!(self.welcome, Welcome::Identity { .. }) => {
-                self.welcome = Welcome::Time;
+            // It was told already, and the answer got lost: it must prove itself with the new secret, and confirm.
+            Err(ChannelError::NotAuthentic) if *present_key != self.key => {
+                self.welcome = Welcome::Identity {
+                    former_key: self.key.clone(),
+                };
                 return lost(false, "the guest has another secret");
             }
             Err(ChannelError::NotAuthentic) => {
@@ -288,11 +290,11 @@ impl Guest {
     }
 }
 
-/// Tells a guest that goes on what it has missed.
+/// Tells a guest that goes on what it has missed. Only then may its workload move.
 async fn greet(client: &GuestClient, welcome: &Welcome, config: &GuestConfig) -> Result<(), ChannelError> {
     match welcome {
-        Welcome::Nothing => Ok(()),
-        Welcome::Time => client.synchronise_clock().await.map(drop),
+        Welcome::Nothing => {}
+        Welcome::Time => drop(client.synchronise_clock().await?),
         Welcome::Identity { .. } => {
             let fresh = freshened(config)?;
             client
@@ -305,9 +307,10 @@ async fn greet(client: &GuestClient, welcome: &Welcome, config: &GuestConfig) ->
                     network: fresh.network,
                 })
                 .await?;
-            client.synchronise_clock().await.map(drop)
+            client.synchronise_clock().await?;
         }
     }
+    client.thaw().await
 }
 
 /// Resolves when the VMM says that the guest has closed its end.

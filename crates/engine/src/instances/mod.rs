@@ -16,6 +16,7 @@ pub(crate) mod rewind;
 mod rotation;
 mod shutdown;
 mod standby;
+mod stillness;
 mod table;
 
 pub(crate) use create::{check_size, create};

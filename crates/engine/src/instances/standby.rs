@@ -1,7 +1,7 @@
 //! Standby and back: the guest's memory and devices go to disk, its machine goes away; later both return.
 //!
 //! ```text
-//!  standby:  journal ─► pause ─► devices ─► memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
+//!  standby:  journal ─► hold, pause ─► devices ─► memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
 //!               └──────── failure or crash: the guest goes on ──────┘      └── crash: finished at the next start
 //!
 //!  wake:     journal, beside it ─────┬─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► answer ─► cleared
@@ -66,12 +66,17 @@ impl Driver {
         let delay = request
             .compression_delay
             .or(policy.and_then(|policy| policy.standby_compression_delay));
+        let held = self.hold_still().await;
+        faults::point("standby.held");
         match self.suspend(&machine, compression, delay).await {
             Ok((changed, hold)) => self.leave(&machine, changed, hold).await,
             Err(error) => {
                 self.log.line(&format!("standby failed: {error}"));
                 match machine.resume().await {
-                    Ok(()) => drop(self.observe(&Observation::Resumed)),
+                    Ok(()) => {
+                        self.let_go(held).await;
+                        self.observe(&Observation::Resumed);
+                    }
                     // Its end, or its silence, is noticed by itself.
                     Err(resume) => tracing::error!(instance = %self.record.id, %resume, "not resumed"),
                 }

@@ -24,8 +24,8 @@ use tokio::{
 };
 
 use crate::{
-    AgentKey, ChannelError, CopyFrom, CopyTo, ExecRequest, GuestConfig, PathInfo, Reconfiguration, Reply,
-    Request, frame,
+    AgentKey, ChannelError, CopyFrom, CopyTo, ExecRequest, GuestConfig, PathInfo, Reconfiguration,
+    RefusalCode, Reply, Request, frame,
     handshake::{self, HandshakeError},
     mux::{self, MuxStream, Opening},
 };
@@ -37,6 +37,9 @@ pub const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 pub const CLOCK_TOLERANCE: Duration = Duration::from_millis(40);
 
 const CLOCK_ATTEMPTS: u32 = 10;
+
+/// How long the guest may take to hold its workload still, or to say that it cannot.
+pub const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long a transfer may stand still.
 pub const STALL_DEADLINE: Duration = Duration::from_secs(60);
@@ -318,6 +321,26 @@ impl GuestClient {
     pub async fn reconfigure(&self, identity: &Reconfiguration) -> Result<(), ChannelError> {
         let request = Request::Reconfigure(Box::new(identity.clone()));
         done(self.connection.ask(&request, REQUEST_DEADLINE).await?)
+    }
+
+    /// Holds the workload still, so that whatever is captured now does nothing before it was told the time and who it
+    /// is. Returns when nothing but the agent runs.
+    ///
+    /// # Errors
+    /// The guest's reason, such as a process that waits for a disk that does not answer: the workload then goes on.
+    pub async fn freeze(&self) -> Result<(), ChannelError> {
+        done(self.connection.ask(&Request::Freeze, FREEZE_DEADLINE).await?)
+    }
+
+    /// Lets the workload go on, if it stands still.
+    ///
+    /// # Errors
+    /// Those of the channel. A guest too old to know how never stands still.
+    pub async fn thaw(&self) -> Result<(), ChannelError> {
+        match self.connection.ask(&Request::Thaw, REQUEST_DEADLINE).await {
+            Err(ChannelError::Refused(refusal)) if refusal.code == RefusalCode::Unsupported => Ok(()),
+            reply => done(reply?),
+        }
     }
 
     /// Asks for a sign of life.

@@ -63,6 +63,7 @@ impl Watch {
 }
 
 pub(super) async fn serve(agent: &Rc<Agent>, request: ExecRequest, mut stream: SharedStream) {
+    agent.moving().await;
     let started = start(agent, &request);
     let reply = match &started {
         Ok(_) => Reply::Done,
@@ -122,8 +123,15 @@ fn start(agent: &Agent, request: &ExecRequest) -> Result<(Session, Watch), Refus
             ));
         }
     };
-    let session = session::start(&program, command, &environment, Path::new(directory), request.tty)
-        .map_err(|error| cannot_start(word, &error))?;
+    let session = session::start(
+        &program,
+        command,
+        &environment,
+        Path::new(directory),
+        request.tty,
+        agent.machine.session_group(),
+    )
+    .map_err(|error| cannot_start(word, &error))?;
     let ending = Watch::new(agent.reaper.watch(session.leader));
     Ok((session, ending))
 }

@@ -29,6 +29,7 @@ pub use reaper::{Ending, Reaper};
 use std::{
     cell::{Cell, RefCell},
     future::Future,
+    os::fd::BorrowedFd,
     pin::Pin,
     rc::Rc,
     sync::{Arc, Mutex},
@@ -67,6 +68,18 @@ pub trait Machine {
     /// # Errors
     /// What failed, for people.
     fn set_time(&self, time_unix_nanos: i128) -> Result<(), String>;
+
+    /// Hold everything but the agent still, until it is thawed or ended. On an error all of it goes on.
+    ///
+    /// # Errors
+    /// What does not stand still, for people.
+    fn freeze(&self) -> Pin<Box<dyn Future<Output = Result<(), String>> + '_>>;
+
+    /// Let go on what stands still.
+    fn thaw(&self);
+
+    /// The control group of what the agent starts; `None` leaves it in the agent's.
+    fn session_group(&self) -> Option<BorrowedFd<'_>>;
 
     /// End the program, then the machine. Returns at once.
     fn shutdown(&self, agent: &Rc<Agent>, grace: Duration);
@@ -110,6 +123,8 @@ pub struct Agent {
     succession: watch::Sender<Succession>,
     phase: Cell<Phase>,
     serves: Cell<bool>,
+    /// What is started now would stand still before it is what it is to be, and the agent would wait for it.
+    frozen: watch::Sender<bool>,
     environment: RefCell<Vec<(String, String)>>,
 }
 
@@ -126,6 +141,7 @@ impl Agent {
             succession: watch::Sender::default(),
             phase: Cell::new(Phase::Waiting),
             serves: Cell::new(false),
+            frozen: watch::Sender::default(),
             environment: RefCell::new(Vec::new()),
         })
     }
@@ -202,9 +218,15 @@ impl Agent {
                     .set_time(time_unix_nanos)
                     .map_err(|error| refuse(RefusalCode::Failed, error)),
             ),
+            Request::Freeze => outcome(self.freeze().await),
+            Request::Thaw => {
+                self.thaw();
+                Reply::Done
+            }
             Request::Shutdown { grace_milliseconds } => {
                 self.machine
                     .shutdown(&self, Duration::from_millis(grace_milliseconds));
+                self.frozen.send_replace(false);
                 Reply::Done
             }
             Request::Ping => Reply::Done,
@@ -258,6 +280,32 @@ impl Agent {
         self.machine
             .reconfigure(identity)
             .map_err(|message| refuse(RefusalCode::SetupFailed, message))
+    }
+
+    async fn freeze(&self) -> Result<(), Refusal> {
+        if self.phase.get() != Phase::Running {
+            return Err(refuse(
+                RefusalCode::NotConfigured,
+                "the guest does not run an instance",
+            ));
+        }
+        self.frozen.send_replace(true);
+        let outcome = self.machine.freeze().await;
+        if outcome.is_err() {
+            self.frozen.send_replace(false);
+        }
+        outcome.map_err(|message| refuse(RefusalCode::Failed, message))
+    }
+
+    fn thaw(&self) {
+        self.machine.thaw();
+        self.frozen.send_replace(false);
+    }
+
+    /// Resolves when the workload may run.
+    async fn moving(&self) {
+        // The sender lives as long as the agent.
+        let _ = self.frozen.subscribe().wait_for(|frozen| !frozen).await;
     }
 
     fn set_key(&self, key: &AgentKey) {

@@ -4,15 +4,18 @@
 use std::{
     fs::File,
     io::{self, Write},
-    os::{fd::OwnedFd, unix::process::CommandExt},
+    os::fd::{BorrowedFd, OwnedFd},
     path::Path,
-    process::{Command, Stdio},
 };
 
-use rustix::process::{Pid, Signal, kill_process, kill_process_group, setsid};
+use rustix::{
+    pipe::{PipeFlags, pipe_with},
+    process::{Pid, Signal, kill_process, kill_process_group},
+};
 use tokio::net::unix::pipe;
 
 use super::{fd_stream::FdStream, pty};
+use crate::birth::Birth;
 
 /// Ends of a session that the agent holds.
 pub(super) enum Ends {
@@ -30,29 +33,37 @@ pub(super) struct Session {
     pub(super) ends: Ends,
 }
 
-/// Starts a command as the leader of a session of its own.
+/// Starts a command as the leader of a session of its own, in the given control group.
 pub(super) fn start(
     program: &Path,
     command: &[String],
     environment: &[(String, String)],
     working_directory: &Path,
     tty: Option<(u16, u16)>,
+    group: Option<BorrowedFd<'_>>,
 ) -> io::Result<Session> {
-    let mut child = Command::new(program);
-    if let Some((name, arguments)) = command.split_first() {
-        child.arg0(name).args(arguments);
-    }
-    child
-        .env_clear()
-        .envs(environment.iter().map(|(name, value)| (name, value)))
-        .current_dir(working_directory);
+    let (theirs, ends) = match tty {
+        None => pipes()?,
+        Some((rows, columns)) => {
+            let (master, slave, _) = pty::open(rows, columns)?;
+            let theirs = [slave.try_clone()?.into(), slave.try_clone()?.into(), slave.into()];
+            (theirs, Ends::Terminal(FdStream::new(master)?))
+        }
+    };
+    let birth = Birth {
+        file: program,
+        arguments: command,
+        environment,
+        directory: working_directory,
+        ends: theirs,
+        group,
+    };
     let has_terminal = tty.is_some();
     // The agent is spared by the kernel's memory killer; what it starts must not be.
     let spared = oom_is_adjusted();
-    // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks.
-    unsafe {
-        child.pre_exec(move || {
-            setsid()?;
+    // SAFETY: the closure only makes system calls.
+    let leader = unsafe {
+        birth.start(move || {
             if has_terminal {
                 rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
             }
@@ -65,41 +76,21 @@ pub(super) fn start(
                 rustix::io::write(&file, b"0")?;
             }
             Ok(())
-        });
-    }
-    let (leader, ends) = match tty {
-        None => {
-            child
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
-            let mut started = child.spawn()?;
-            let missing = || io::Error::from(io::ErrorKind::BrokenPipe);
-            let stdin = OwnedFd::from(started.stdin.take().ok_or_else(missing)?);
-            let stdout = OwnedFd::from(started.stdout.take().ok_or_else(missing)?);
-            let stderr = OwnedFd::from(started.stderr.take().ok_or_else(missing)?);
-            let ends = Ends::Pipes {
-                stdin: pipe::Sender::from_owned_fd(stdin)?,
-                stdout: pipe::Receiver::from_owned_fd(stdout)?,
-                stderr: pipe::Receiver::from_owned_fd(stderr)?,
-            };
-            (started.id(), ends)
-        }
-        Some((rows, columns)) => {
-            let (master, slave, _) = pty::open(rows, columns)?;
-            child
-                .stdin(slave.try_clone()?)
-                .stdout(slave.try_clone()?)
-                .stderr(slave);
-            let started = child.spawn()?;
-            (started.id(), Ends::Terminal(FdStream::new(master)?))
-        }
-    };
-    let leader = i32::try_from(leader)
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or(io::ErrorKind::Other)?;
+        })
+    }?;
     Ok(Session { leader, ends })
+}
+
+/// The command's ends of three pipes, and ours.
+fn pipes() -> io::Result<([OwnedFd; 3], Ends)> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC);
+    let ((their_input, stdin), (stdout, their_output), (stderr, their_errors)) = (pipe()?, pipe()?, pipe()?);
+    let ours = Ends::Pipes {
+        stdin: pipe::Sender::from_owned_fd(stdin)?,
+        stdout: pipe::Receiver::from_owned_fd(stdout)?,
+        stderr: pipe::Receiver::from_owned_fd(stderr)?,
+    };
+    Ok(([their_input, their_output, their_errors], ours))
 }
 
 fn oom_is_adjusted() -> bool {

@@ -145,6 +145,12 @@ fn turn_into(file: &[CString], arguments: &[CString], environment: &[CString], t
             .collect()
     };
     let (arguments, environment) = (pointers(arguments), pointers(environment));
+    // Systemd puts everything into groups of its own, itself too.
+    let init = file.first().and_then(|file| file.to_str().ok());
+    let init = init.and_then(|file| fs::canonicalize(file).ok());
+    if init.is_none_or(|init| !init.ends_with("systemd")) {
+        cgroup::enter_program_group();
+    }
     let prepare = || -> Result<(), rustix::io::Errno> {
         // Process 1 may lead a session already.
         let _ = setsid();

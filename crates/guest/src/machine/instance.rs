@@ -7,7 +7,14 @@
 //!   └─ shutdown ─► off
 //! ```
 
-use std::{cell::RefCell, future::Future, pin::Pin, rc::Rc, time::Duration};
+use std::{
+    cell::{OnceCell, RefCell},
+    future::Future,
+    os::fd::{AsFd, BorrowedFd},
+    pin::Pin,
+    rc::Rc,
+    time::Duration,
+};
 
 use hypeman_guest_api::{ExitReason, GuestConfig, GuestEvent, InitMode, Reconfiguration};
 use rustix::{
@@ -16,10 +23,12 @@ use rustix::{
 };
 
 use super::{
-    cgroup, clock,
+    cgroup::{self, Group},
+    clock,
     console::{Output, Sink},
     disks::{self, Disks},
     ending,
+    freezer::Freezer,
     handover::{self, ProcessName},
     identity,
     modules::Late,
@@ -59,6 +68,8 @@ pub(super) struct Instance {
     late_modules: RefCell<Option<Late>>,
     life: RefCell<Life>,
     disks: Rc<RefCell<Option<Disks>>>,
+    freezer: OnceCell<Freezer>,
+    sessions: OnceCell<Group>,
 }
 
 impl Instance {
@@ -69,6 +80,8 @@ impl Instance {
             late_modules: RefCell::new(Some(late_modules)),
             life: RefCell::new(Life::Empty),
             disks: Rc::new(RefCell::new(None)),
+            freezer: OnceCell::new(),
+            sessions: OnceCell::new(),
         }
     }
 
@@ -79,6 +92,10 @@ impl Instance {
         let _ = clock::reseed();
         let disks = disks::assemble(&config.volumes).await?;
         *self.disks.borrow_mut() = Some(disks);
+        self.freezer.get_or_init(Freezer::open);
+        if let Some(group) = Group::of_sessions() {
+            self.sessions.get_or_init(|| group);
+        }
         pseudo::relax_for_containers();
         if let Err(error) = identity::apply(&config.hostname, &config.instance_id, config.network.as_ref()) {
             log_line!("{error}");
@@ -100,7 +117,7 @@ impl Instance {
             .map_err(|error| format!("output: {error}"))?;
         // Some images write to the output of process 1.
         let _ = dup2_stdout(&output.writer).and_then(|()| dup2_stderr(&output.writer));
-        let started = program::start(&config.program, &output.writer, cgroup::for_program().as_ref());
+        let started = program::start(&config.program, &output.writer, Group::of_program().as_ref());
         let Output { writer, drained } = output;
         drop(writer);
         match started {
@@ -223,7 +240,29 @@ impl Machine for Instance {
         clock::set(time_unix_nanos).map_err(|error| format!("clock: {error}"))
     }
 
+    fn freeze(&self) -> Pin<Box<dyn Future<Output = Result<(), String>> + '_>> {
+        Box::pin(async {
+            match self.freezer.get() {
+                Some(freezer) => freezer.freeze().await,
+                // Nothing of an instance is there that could move.
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn thaw(&self) {
+        if let Some(freezer) = self.freezer.get() {
+            freezer.thaw();
+        }
+    }
+
+    fn session_group(&self) -> Option<BorrowedFd<'_>> {
+        self.sessions.get().map(Group::as_fd)
+    }
+
     fn shutdown(&self, agent: &Rc<Agent>, grace: Duration) {
+        // Nobody who stands still can end.
+        self.thaw();
         let disks = Rc::clone(&self.disks);
         let power_switch = self.power_switch;
         match *self.life.borrow() {

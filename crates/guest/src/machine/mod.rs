@@ -1,14 +1,15 @@
 //! What only process 1 of a virtual machine does.
 //!
 //! Order of a boot: pseudo file systems, kernel modules, agent port; then nothing until the host says who we
-//! are; then disks, root, identity, network, program, and the modules that nothing waited for. Nothing of an instance is known before that, so a machine
-//! may be captured while it waits and become any instance later.
+//! are; then disks, root, identity, network, program, and the modules that nothing waited for. Nothing of an instance is
+//! known before that, so a machine may be captured while it waits and become any instance later.
 
 mod cgroup;
 mod clock;
 mod console;
 mod disks;
 mod ending;
+mod freezer;
 mod handover;
 mod identity;
 mod instance;

@@ -2,23 +2,26 @@
 #![allow(unsafe_code)]
 
 use std::{
+    fs::File,
     io,
     os::{
-        fd::OwnedFd,
-        unix::{fs::DirBuilderExt, process::CommandExt},
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirBuilderExt,
     },
     path::Path,
-    process::{Command, Stdio},
 };
 
 use hypeman_guest_api::{ExitReason, Program};
 use rustix::{
-    process::{Pid, Resource, Rlimit, setrlimit, setsid},
+    process::{Pid, Resource, Rlimit, setrlimit},
     thread::{set_thread_gid, set_thread_groups, set_thread_uid},
 };
 
-use super::{cgroup, users};
-use crate::agent::{DEFAULT_PATH, Ending, Lookup, find_program};
+use super::{cgroup::Group, users};
+use crate::{
+    agent::{DEFAULT_PATH, Ending, Lookup, find_program},
+    birth::Birth,
+};
 
 const NOT_EXECUTABLE: i32 = 126;
 const NOT_FOUND: i32 = 127;
@@ -29,7 +32,7 @@ const CANNOT_START: i32 = 128;
 ///
 /// # Errors
 /// The exit that it amounts to.
-pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<&OwnedFd>) -> Result<Pid, ExitReason> {
+pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<&Group>) -> Result<Pid, ExitReason> {
     let word = program.argv.first().map_or("", String::as_str);
     let user = users::resolve(&program.user).map_err(|message| failed(CANNOT_START, message))?;
     let directory = Path::new(match program.working_directory.as_str() {
@@ -72,63 +75,47 @@ pub(super) fn start(program: &Program, output: &OwnedFd, group: Option<&OwnedFd>
         .iter()
         .map(|group| rustix::process::Gid::from_raw(*group))
         .collect();
-    let mut command = Command::new(file);
-    if let Some((name, arguments)) = program.argv.split_first() {
-        command.arg0(name).args(arguments);
-    }
-    let duplicate = || {
-        output
-            .try_clone()
-            .map(Stdio::from)
-            .map_err(|error| failed(CANNOT_START, error.to_string()))
+    let ends = || -> io::Result<[OwnedFd; 3]> {
+        Ok([
+            File::open("/dev/null")?.into(),
+            output.try_clone()?,
+            output.try_clone()?,
+        ])
     };
-    command
-        .env_clear()
-        .envs(environment)
-        .current_dir(directory)
-        .stdin(Stdio::null())
-        .stdout(duplicate()?)
-        .stderr(duplicate()?);
-    // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks, and
-    // the process has one thread there, so that thread-wise ids are the process's.
-    unsafe {
-        command.pre_exec(move || {
-            setsid()?;
-            // Limits as container runtimes set them.
+    let birth = Birth {
+        file: &file,
+        arguments: &program.argv,
+        environment: &environment,
+        directory,
+        ends: ends().map_err(|error| failed(CANNOT_START, error.to_string()))?,
+        group: group.map(AsFd::as_fd),
+    };
+    let limit_and_descend = move || {
+        // Limits as container runtimes set them.
+        setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: Some(1_048_576),
+                maximum: Some(1_048_576),
+            },
+        )
+        .or_else(|_| {
             setrlimit(
                 Resource::Nofile,
                 Rlimit {
-                    current: Some(1_048_576),
-                    maximum: Some(1_048_576),
+                    current: Some(65_536),
+                    maximum: Some(524_288),
                 },
             )
-            .or_else(|_| {
-                setrlimit(
-                    Resource::Nofile,
-                    Rlimit {
-                        current: Some(65_536),
-                        maximum: Some(524_288),
-                    },
-                )
-            })?;
-            set_thread_groups(&groups)?;
-            set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
-            set_thread_uid(rustix::process::Uid::from_raw(user.uid))?;
-            Ok(())
-        });
-    }
-    let started = match group {
-        // Only the report of the memory killer depends on it.
-        Some(group) => cgroup::spawn(command, group),
-        None => spawn(command),
+        })?;
+        set_thread_groups(&groups)?;
+        set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
+        set_thread_uid(rustix::process::Uid::from_raw(user.uid))?;
+        Ok(())
     };
-    started.map_err(|error| cannot_execute(word, &error))
-}
-
-/// Starts a command where the caller is.
-pub(super) fn spawn(mut command: Command) -> io::Result<Pid> {
-    let child = i32::try_from(command.spawn()?.id()).ok().and_then(Pid::from_raw);
-    child.ok_or_else(|| io::ErrorKind::Other.into())
+    // SAFETY: the closure only makes system calls. The process has one thread there, so that thread-wise ids are the
+    // process's.
+    unsafe { birth.start(limit_and_descend) }.map_err(|error| cannot_execute(word, &error))
 }
 
 fn failed(code: i32, message: String) -> ExitReason {

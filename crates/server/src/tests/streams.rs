@@ -1,6 +1,7 @@
 //! Exec and copy frames, with the real agent running as a part of this process instead of in a VM.
 
 use std::future::Future;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -43,6 +44,16 @@ impl Machine for NoMachine {
 
     fn set_time(&self, _: i128) -> Result<(), String> {
         Ok(())
+    }
+
+    fn freeze(&self) -> Pin<Box<dyn Future<Output = Result<(), String>> + '_>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn thaw(&self) {}
+
+    fn session_group(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     fn shutdown(&self, agent: &Rc<Agent>, _: Duration) {
