@@ -206,3 +206,62 @@ async fn a_fork_never_speaks_under_the_address_of_its_source() {
         ""
     );
 }
+
+#[tokio::test]
+async fn a_fork_loses_the_connections_of_its_source_at_once_and_the_source_keeps_them() {
+    skip_unless!(
+        have("busybox") && is_root() && have("ip") && have("nft"),
+        "needs root, ip, nft and busybox-static"
+    );
+    let Some(_namespace) = Namespace::enter() else {
+        skip_unless!(false, "cannot make network namespaces here");
+        return;
+    };
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    for hypervisor in hypeman_tests::hypervisors() {
+        let overrides = json!({"name": "source", "hypervisor": hypervisor, "network": {"enabled": true}});
+        let source = server.run(&image, overrides).await;
+        // Its input never ends, so it goes on until its connection does.
+        source
+            .output(
+                "mkfifo /dev/shm/input; sh -c 'exec 3<>/dev/shm/input; nc -l -p 7777 <&3 >/dev/shm/heard; \
+                 echo over >/dev/shm/over' >/dev/null 2>&1 </dev/null &",
+            )
+            .await;
+        let address: std::net::IpAddr = address_in(&source).await.parse().unwrap();
+        let connection = std::cell::RefCell::new(None);
+        hypeman_tests::eventually("it listens", || async {
+            let made = std::net::TcpStream::connect((address, 7777)).ok();
+            *connection.borrow_mut() = made;
+            connection.borrow().is_some()
+        })
+        .await;
+        let mut connection = connection.into_inner().unwrap();
+        let mut say = async |word: &str| {
+            std::io::Write::write_all(&mut connection, format!("{word}\n").as_bytes()).unwrap();
+            hypeman_tests::eventually("it is heard", || async {
+                source
+                    .shell(&format!("grep -q {word} /dev/shm/heard"))
+                    .await
+                    .exit_code
+                    == 0
+            })
+            .await;
+        };
+        say("before").await;
+        let body = json!({"name": "copy", "from_running": true});
+        let path = format!("/instances/{}/fork", source.id);
+        let copy = client.post(&path, &body).await.expect(201).json();
+        let copy = server.guest(copy["id"].as_str().unwrap());
+        hypeman_tests::eventually("the copy's end of the connection is gone", || async {
+            copy.shell("test -e /dev/shm/over").await.exit_code == 0
+        })
+        .await;
+        say("after").await;
+        assert_eq!(source.shell("test -e /dev/shm/over").await.exit_code, 1);
+        copy.delete().await;
+        source.delete().await;
+    }
+}

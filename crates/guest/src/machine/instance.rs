@@ -30,7 +30,7 @@ use super::{
     ending,
     freezer::Freezer,
     handover::{self, ProcessName},
-    identity,
+    identity, inherited,
     modules::Late,
     network, program, pseudo,
 };
@@ -220,6 +220,10 @@ impl Machine for Instance {
         // The clock while the host's word about it is fresh, then what others could confuse us by: an address that
         // another machine has, and random numbers that it draws too.
         self.set_time(identity.time_unix_nanos)?;
+        network::take_down()?;
+        if let Err(error) = inherited::end() {
+            log_line!("the source's connections are left to their time limits: {error}");
+        }
         network::apply(identity.network.as_ref())?;
         if identity.entropy.len() < LEAST_ENTROPY {
             return Err(format!(

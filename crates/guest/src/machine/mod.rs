@@ -12,6 +12,7 @@ mod ending;
 mod freezer;
 mod handover;
 mod identity;
+mod inherited;
 mod instance;
 mod log_stream;
 mod modules;

@@ -161,6 +161,16 @@ fn first_interface() -> Option<String> {
     names.into_iter().next()
 }
 
+/// Nothing leaves by the first interface any more, if there is one.
+pub(super) fn take_down() -> Result<(), String> {
+    let Some(name) = first_interface() else {
+        return Ok(());
+    };
+    Interface::new(&name)
+        .and_then(|interface| interface.set_up(false))
+        .map_err(|error| format!("network: interface: {error}"))
+}
+
 /// Brings up loopback and gives the first interface its address, or takes it away.
 pub(super) fn apply(network: Option<&NetworkConfig>) -> Result<(), String> {
     let told = |what: &'static str| move |error: io::Error| format!("network: {what}: {error}");
