@@ -7,7 +7,8 @@
 //!
 //! Invariants:
 //! - No line is lost or shown twice by a rotation: a follower leaves a file only after a newer one exists under
-//!   the name *and* the old one was read to its end after that.
+//!   the name *and* the old one was read to its end after that. Where a writer cannot open a new file, its old one gets
+//!   the name back and is cut at its front; what was cut is in the rotated file, so both together go on as before.
 //! - Memory is bounded: lines are found by scanning backwards in blocks and then streamed; a line longer than
 //!   [`MAX_LINE`] is handed out in pieces.
 //! - Following waits for inotify (see `log_watch`), it never polls.
@@ -222,7 +223,7 @@ impl LogFollower {
         }
         let newer = newer_files(&self.path, self.max_files, self.inode).await?;
         if newer.is_empty() {
-            return Ok(false);
+            return self.find_place_after_cut().await;
         }
         // The writer has moved on; whatever it wrote to the old file is there now.
         if self.current.is_some() && self.fill().await? {
@@ -230,6 +231,25 @@ impl LogFollower {
         }
         self.inode = newer.first().map_or(self.inode, |(_, inode)| *inode);
         self.pending = newer.into_iter().map(|(file, _)| (file, 0)).collect();
+        self.current = None;
+        Ok(true)
+    }
+    /// Goes on where it was in a file that was cut at its front since. `false`: it was not.
+    async fn find_place_after_cut(&mut self) -> io::Result<bool> {
+        let Some(file) = self.current.as_mut() else {
+            return Ok(false);
+        };
+        let place = file.stream_position().await?;
+        if file.metadata().await?.len() >= place {
+            return Ok(false);
+        }
+        let front = File::open(rotated(&self.path, 1)).await?;
+        let cut = front.metadata().await?.len();
+        let rest = File::open(&self.path).await?;
+        self.pending = vec![(rest, place.saturating_sub(cut))];
+        if place < cut {
+            self.pending.push((front, place));
+        }
         self.current = None;
         Ok(true)
     }
@@ -429,6 +449,30 @@ mod tests {
             let _ = progress.send(expected);
         }
         writing.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_follower_keeps_its_place_when_the_front_of_a_file_moves_to_the_rotated_one() {
+        for read_before in [1, 3] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("vmm.log");
+            std::fs::write(&path, "one\ntwo\nthree\n").unwrap();
+            let (mut follower, _life) = followed(&path).await.unwrap();
+            for expected in ["one", "two", "three"].into_iter().take(read_before) {
+                assert_eq!(follower.next().await.unwrap().unwrap(), expected.as_bytes());
+            }
+            // The same file as before, without its first two lines.
+            std::fs::write(rotated(&path, 1), "one\ntwo\n").unwrap();
+            std::fs::write(&path, "three\n").unwrap();
+            let mut file = std::fs::File::options().append(true).open(&path).unwrap();
+            for expected in ["one", "two", "three"].into_iter().skip(read_before) {
+                assert_eq!(follower.next().await.unwrap().unwrap(), expected.as_bytes());
+            }
+            let next = tokio::spawn(async move { follower.next().await.unwrap().unwrap() });
+            tokio::task::yield_now().await;
+            writeln!(file, "four").unwrap();
+            assert_eq!(next.await.unwrap(), b"four");
+        }
     }
 
     proptest! {
