@@ -30,6 +30,11 @@ pub(crate) fn qemu(spec: &MachineSpec, tsc_khz: Option<u64>) -> Result<String, V
     line(spec, words)
 }
 
+/// For Cloud Hypervisor.
+pub(crate) fn cloud_hypervisor(spec: &MachineSpec) -> Result<String, VmmError> {
+    line(spec, vec!["reboot=k".to_owned()])
+}
+
 /// For Firecracker, which has no power to switch off: it ends when its guest resets it by the keyboard controller.
 pub(crate) fn firecracker(spec: &MachineSpec) -> Result<String, VmmError> {
     line(spec, vec!["reboot=k".to_owned(), "hypeman.end=reset".to_owned()])

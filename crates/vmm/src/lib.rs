@@ -9,6 +9,7 @@
 //! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
 
 mod binaries;
+mod cloud_hypervisor;
 mod console;
 mod disk_copies;
 mod files;
@@ -25,11 +26,12 @@ mod registry;
 mod rest;
 mod socket;
 mod spec;
+mod turn;
 mod workload_log;
 
 pub use machine::{
-    Capabilities, DiskCopies, DiskCopy, ExitCause, ExitKind, Feature, Machine, MachineStats, Patch, Restore,
-    RunState, StateIdentity, Vmm, VmmError, VmmKind,
+    Adjust, Capabilities, DiskCopies, DiskCopy, ExitCause, ExitKind, Feature, Machine, MachineStats, Patch,
+    Restore, RunState, StateIdentity, Vmm, VmmError, VmmKind,
 };
 pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};

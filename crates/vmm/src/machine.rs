@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::{Accelerator, AgentChannel, GuestMemory, MachineSpec, ProcessIdentity};
+use crate::{Accelerator, AgentChannel, Disk, GuestMemory, MachineSpec, ProcessIdentity};
 
 /// The five kinds of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -375,6 +375,30 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// The same for the kernel console in the VMM log. What the VMM itself prints stays in the old file.
     async fn reopen_vmm_log(&self) -> Result<(), VmmError>;
 
+    /// What can be changed while the machine runs. `None`: nothing.
+    fn adjust(&self) -> Option<&dyn Adjust> {
+        None
+    }
+
     /// Usage of the VMM process from `/proc`.
     fn stats(&self) -> Result<MachineStats, VmmError>;
+}
+
+/// Changes to a machine that runs. Each returns when the VMM has taken it in; the guest follows when it can.
+#[async_trait]
+pub trait Adjust: Send + Sync {
+    /// Gives the guest this much memory in all: what it began with, and of [`MachineSpec::hotplug_bytes`] the rest.
+    async fn set_memory(&self, bytes: u64) -> Result<(), VmmError>;
+
+    /// Asks the guest's balloon to hold this much.
+    async fn set_balloon(&self, bytes: u64) -> Result<(), VmmError>;
+
+    /// Adds a disk as number `index` of the machine.
+    async fn attach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
+
+    /// Takes a disk away.
+    async fn detach_disk(&self, index: usize) -> Result<(), VmmError>;
+
+    /// Changes the size of a disk, and of its file.
+    async fn resize_disk(&self, index: usize, bytes: u64) -> Result<(), VmmError>;
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::cloud_hypervisor::CloudHypervisor;
 use crate::firecracker::Firecracker;
 use crate::gate::KvmGate;
 use crate::qemu::{Board, Qemu, QemuHost};
@@ -35,7 +36,6 @@ pub struct VmmOptions {
 pub struct Vmms {
     drivers: BTreeMap<VmmKind, Arc<dyn Vmm>>,
     qemu: Arc<QemuHost>,
-    search_path: Vec<PathBuf>,
 }
 
 impl Vmms {
@@ -56,8 +56,9 @@ impl Vmms {
             options.cache_directory.clone(),
         ));
         let kvm = KvmGate::new(Arc::clone(&host), options.trust_kvm);
-        let drivers: [Arc<dyn Vmm>; 3] = [
-            Arc::new(Firecracker::new(&options, search_path.clone(), kvm)),
+        let drivers: [Arc<dyn Vmm>; 4] = [
+            Arc::new(CloudHypervisor::new(&options, search_path.clone(), kvm.clone())),
+            Arc::new(Firecracker::new(&options, search_path, kvm)),
             Arc::new(Qemu::new(Board::Q35, Arc::clone(&host))),
             Arc::new(Qemu::new(Board::Microvm, Arc::clone(&host))),
         ];
@@ -65,11 +66,7 @@ impl Vmms {
             .into_iter()
             .map(|driver| (driver.kind(), driver))
             .collect();
-        Self {
-            drivers,
-            qemu: host,
-            search_path,
-        }
+        Self { drivers, qemu: host }
     }
 
     /// The driver of a kind, also when its VMM is not available at the moment. `None`: there is no driver.
@@ -84,7 +81,7 @@ impl Vmms {
             let capabilities = match self.drivers.get(&kind) {
                 Some(driver) => driver.capabilities().await,
                 None => Capabilities::Unavailable {
-                    reason: self.reason(kind),
+                    reason: Self::reason(kind),
                 },
             };
             list.push((kind, capabilities));
@@ -98,30 +95,14 @@ impl Vmms {
         self.qemu.facts(Board::Q35).await.ok()?.without_kvm.clone()
     }
 
-    fn reason(&self, kind: VmmKind) -> String {
-        let not_driven = |name: &str, program: &str| {
-            let found = self
-                .search_path
-                .iter()
-                .map(|directory| directory.join(program))
-                .find(|path| path.is_file());
-            match found {
-                Some(path) => format!(
-                    "{name} is at {}, but this version does not drive it yet",
-                    path.display()
-                ),
-                None => format!("{name} is not installed, and this version does not drive it yet"),
-            }
-        };
+    /// Why there is no driver.
+    fn reason(kind: VmmKind) -> String {
         match kind {
-            VmmKind::CloudHypervisor => not_driven("Cloud Hypervisor", "cloud-hypervisor"),
             VmmKind::Vz if cfg!(target_os = "macos") => {
                 "Apple's Virtualization framework is not driven by this version yet".to_owned()
             }
             VmmKind::Vz => "Apple's Virtualization framework exists on macOS only".to_owned(),
-            VmmKind::Firecracker | VmmKind::Qemu | VmmKind::QemuMicrovm => {
-                "there is no driver for it".to_owned()
-            }
+            _ => "there is no driver for it".to_owned(),
         }
     }
 }

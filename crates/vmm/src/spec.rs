@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::VmmError;
+use crate::{VmmError, VmmKind};
 
 /// One virtual machine, complete. Paths are absolute and made by the server, never by clients.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,9 @@ pub struct MachineSpec {
     pub memory_bytes: u64,
     /// What guest memory is made of.
     pub memory: MemoryBacking,
+    /// Memory that may be added while the machine runs, in bytes. A machine that may have some cannot be captured.
+    #[serde(default)]
+    pub hotplug_bytes: u64,
     /// Uncompressed PVH-bootable kernel.
     pub kernel: PathBuf,
     /// Initial RAM file system that holds the guest program.
@@ -28,6 +31,9 @@ pub struct MachineSpec {
     pub kernel_arguments: Vec<String>,
     /// Block devices in guest order: the first is `/dev/vda`.
     pub disks: Vec<Disk>,
+    /// PCI devices of the host that the guest is given, as `0000:01:00.0`.
+    #[serde(default)]
+    pub host_devices: Vec<String>,
     /// Network interface, if any.
     pub nic: Option<Nic>,
     /// File that receives what the workload prints (binary safe, appended). The driver connects it to the
@@ -104,6 +110,18 @@ pub enum Accelerator {
 }
 
 impl MachineSpec {
+    /// Refuses what only some VMMs have.
+    pub(crate) fn check_plain(&self, kind: VmmKind) -> Result<(), VmmError> {
+        let unsupported = |feature| Err(VmmError::Unsupported { kind, feature });
+        if self.hotplug_bytes > 0 {
+            return unsupported("memory that is added while the machine runs");
+        }
+        if !self.host_devices.is_empty() {
+            return unsupported("devices of the host");
+        }
+        Ok(())
+    }
+
     /// Checks the words that VMMs take as they are: names, and the MAC address.
     pub(crate) fn check_words(&self) -> Result<(), VmmError> {
         let is_name = |text: &str, limit: usize, also: &[u8]| {

@@ -236,6 +236,7 @@ pub(super) fn machine_spec(
         cpus: record.vcpus,
         memory_bytes: record.memory_bytes,
         memory: MemoryBacking::Anonymous,
+        hotplug_bytes: 0,
         kernel,
         initramfs,
         kernel_arguments: Vec::new(),
@@ -251,6 +252,7 @@ pub(super) fn machine_spec(
                 limit,
             },
         ],
+        host_devices: Vec::new(),
         nic: record.network.as_ref().map(|network| Nic {
             tap: network.tap.clone(),
             mac: network.mac.clone(),

@@ -111,6 +111,7 @@ impl Machines {
             cpus: 1,
             memory_bytes: 256 << 20,
             memory: MemoryBacking::Anonymous,
+            hotplug_bytes: 0,
             kernel: self.boot.kernel.clone(),
             initramfs: self.boot.initramfs.clone(),
             kernel_arguments: Vec::new(),
@@ -118,6 +119,7 @@ impl Machines {
                 disk(self.directory.path().join("root.erofs"), true),
                 disk(layer, false),
             ],
+            host_devices: Vec::new(),
             nic: Some(Nic {
                 tap: tap.name.clone(),
                 mac: format!("02:00:00:00:{:02x}:fe", tap.network[2]),

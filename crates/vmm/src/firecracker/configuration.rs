@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::files::{GUEST_SOCKET, STATE, disk};
 use crate::spec::text;
-use crate::{IoLimit, MachineSpec, VmmError};
+use crate::{IoLimit, MachineSpec, VmmError, VmmKind};
 
 const MEBIBYTE: u64 = 1 << 20;
 /// The guest's number on its own bus; every machine has its own bus.
@@ -21,6 +21,7 @@ const MAX_CPUS: u32 = 32;
 /// Whether Firecracker can build it.
 pub(super) fn check(spec: &MachineSpec, max_disks: usize) -> Result<(), VmmError> {
     spec.check_words()?;
+    spec.check_plain(VmmKind::Firecracker)?;
     let invalid = |message: String| Err(VmmError::InvalidSpec(message));
     if spec.cpus == 0 || spec.cpus > MAX_CPUS {
         return invalid(format!(
@@ -137,6 +138,7 @@ mod tests {
             cpus: 2,
             memory_bytes: 256 << 20,
             memory: MemoryBacking::Anonymous,
+            hotplug_bytes: 0,
             kernel: PathBuf::from("/k/vmlinux"),
             initramfs: PathBuf::from("/k/initramfs"),
             kernel_arguments: Vec::new(),
@@ -155,6 +157,7 @@ mod tests {
                     }),
                 },
             ],
+            host_devices: Vec::new(),
             nic: Some(Nic {
                 tap: "hm-1".to_owned(),
                 mac: "02:00:00:00:00:01".to_owned(),

@@ -176,6 +176,7 @@ impl Firecracker {
                 arguments,
                 directory: &directory,
                 output,
+                errors: None,
                 keep: &[],
                 forbid_holes: false,
             })

@@ -19,8 +19,10 @@ pub(crate) struct Detached<'a> {
     pub(crate) arguments: Vec<OsString>,
     /// Where it starts.
     pub(crate) directory: &'a Path,
-    /// Receives standard output and standard error.
+    /// Receives standard output.
     pub(crate) output: File,
+    /// Receives standard error, where that does not go the same way.
+    pub(crate) errors: Option<File>,
     /// Descriptors that the program keeps, under the numbers that they have here.
     pub(crate) keep: &'a [OwnedFd],
     /// The program may not make holes in files (see [`super::filter`]).
@@ -39,7 +41,7 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
         .current_dir(detached.directory)
         .stdin(Stdio::null())
         .stdout(detached.output.as_fd().try_clone_to_owned()?)
-        .stderr(detached.output);
+        .stderr(detached.errors.unwrap_or(detached.output));
     let forbid_holes = detached.forbid_holes;
     let prepare = move || {
         rustix::process::setsid()?;

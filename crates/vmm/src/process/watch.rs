@@ -211,6 +211,7 @@ mod tests {
             arguments,
             directory: Path::new("/"),
             output,
+            errors: None,
             keep: &[],
             forbid_holes: false,
         })
@@ -276,6 +277,7 @@ mod tests {
             arguments,
             directory: Path::new("/"),
             output,
+            errors: None,
             keep: std::slice::from_ref(&kept),
             forbid_holes: false,
         })

@@ -303,6 +303,7 @@ fn file_chardev(id: &str, path: &Path) -> Result<String, VmmError> {
 
 fn check(board: Board, spec: &MachineSpec) -> Result<(), VmmError> {
     spec.check_words()?;
+    spec.check_plain(board.kind())?;
     if spec.cpus == 0 || spec.cpus > 255 {
         return Err(invalid(format!(
             "{} virtual CPUs: the board takes 1 to 255",

@@ -25,6 +25,7 @@ fn spec() -> MachineSpec {
         cpus: 2,
         memory_bytes: 512 << 20,
         memory: MemoryBacking::Anonymous,
+        hotplug_bytes: 0,
         kernel: "/data/vmlinux".into(),
         initramfs: "/data/initramfs.cpio".into(),
         kernel_arguments: Vec::new(),
@@ -41,6 +42,7 @@ fn spec() -> MachineSpec {
             },
         ],
         nic: None,
+        host_devices: Vec::new(),
         workload_log: "/data/abc/app.log".into(),
         vmm_log: "/data/abc/vmm.log".into(),
     }

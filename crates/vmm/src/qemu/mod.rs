@@ -122,6 +122,7 @@ impl Qemu {
                 arguments,
                 directory: Path::new("/"),
                 output,
+                errors: None,
                 keep: &keep,
                 forbid_holes,
             })

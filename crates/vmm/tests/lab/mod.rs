@@ -22,7 +22,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 /// Long enough for any machine, however busy.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(400);
 pub const BOARDS: [VmmKind; 2] = [VmmKind::Qemu, VmmKind::QemuMicrovm];
 
 pub struct Lab {
@@ -70,6 +70,58 @@ impl Lab {
         })
     }
 
+    /// A lab for Cloud Hypervisor. `None`, with the reason printed, where this host lacks something.
+    pub fn cloud_hypervisor() -> Option<Self> {
+        let Some(binary) = named_or_in_path("HYPEMAN_TEST_CLOUD_HYPERVISOR", "cloud-hypervisor") else {
+            println!(
+                "SKIPPED: there is no Cloud Hypervisor: set HYPEMAN_TEST_CLOUD_HYPERVISOR to its binary"
+            );
+            return None;
+        };
+        let options = VmmOptions {
+            cloud_hypervisor_binary: Some(binary),
+            trust_kvm: true,
+            ..VmmOptions::default()
+        };
+        Self::on_kvm(options)
+    }
+
+    /// A lab whose guests run on this host's KVM, with the kernel that was made for it.
+    fn on_kvm(options: VmmOptions) -> Option<Self> {
+        let Some(kernel) = std::env::var_os("HYPEMAN_TEST_KVM_KERNEL").map(PathBuf::from) else {
+            println!(
+                "SKIPPED: no kernel for this host's KVM: set HYPEMAN_TEST_KVM_KERNEL to one that it can run"
+            );
+            return None;
+        };
+        if let Err(error) = std::fs::File::open("/dev/kvm") {
+            println!("SKIPPED: /dev/kvm cannot be opened: {error}");
+            return None;
+        }
+        let guest = guest()?;
+        let directory = tempfile::Builder::new().prefix("hv").tempdir().unwrap();
+        let kernels = KernelOptions {
+            kernel: Some(kernel),
+            search: Vec::new(),
+        };
+        let boot = Kernels::open(&directory.path().join("system"), kernels)
+            .unwrap()
+            .prepare(guest)
+            .unwrap();
+        Some(Self {
+            directory,
+            vmms: Vmms::detect(options),
+            boot,
+        })
+    }
+
+    /// As [`Lab::spec`], for a guest whose agent is reached by vsock.
+    pub fn vsock_spec(&self, id: &str) -> MachineSpec {
+        let mut spec = self.spec(id);
+        spec.kernel_arguments = vec!["hypeman.test.vsock".to_owned()];
+        spec
+    }
+
     pub fn release(&self) -> &str {
         &self.boot.kernel_release
     }
@@ -87,10 +139,12 @@ impl Lab {
             cpus: 1,
             memory_bytes: 256 << 20,
             memory: MemoryBacking::Anonymous,
+            hotplug_bytes: 0,
             kernel: self.boot.kernel.clone(),
             initramfs: self.boot.initramfs.clone(),
             kernel_arguments: Vec::new(),
             disks: Vec::new(),
+            host_devices: Vec::new(),
             nic: None,
             workload_log: runtime_directory.join("app.log"),
             vmm_log: runtime_directory.join("vmm.log"),
@@ -155,10 +209,36 @@ pub struct Agent(BufReader<UnixStream>);
 
 impl Agent {
     pub async fn connect(machine: &dyn Machine) -> Self {
-        let AgentChannel::SerialSocket(path) = machine.agent_channel() else {
-            panic!("no serial channel")
-        };
-        Self(BufReader::new(UnixStream::connect(path).await.unwrap()))
+        match machine.agent_channel() {
+            AgentChannel::SerialSocket(path) => {
+                Self(BufReader::new(UnixStream::connect(path).await.unwrap()))
+            }
+            AgentChannel::VsockSocket { path, port } => {
+                let reached = async {
+                    loop {
+                        if let Some(agent) = Self::reach(&path, port).await {
+                            break agent;
+                        }
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                };
+                tokio::time::timeout(PATIENCE, reached).await.unwrap()
+            }
+        }
+    }
+
+    /// `None` while nobody in the guest listens.
+    async fn reach(path: &Path, port: u32) -> Option<Self> {
+        let mut agent = Self(BufReader::new(UnixStream::connect(path).await.ok()?));
+        agent
+            .0
+            .get_mut()
+            .write_all(format!("CONNECT {port}\n").as_bytes())
+            .await
+            .ok()?;
+        let mut line = String::new();
+        agent.0.read_line(&mut line).await.ok()?;
+        line.starts_with("OK ").then_some(agent)
     }
 
     /// Sends an order and does not wait for what becomes of it.
@@ -239,6 +319,14 @@ pub fn kernels() -> Vec<PathBuf> {
     std::env::split_paths(&named)
         .filter(|path| path.is_file() || path.join("vmlinux").is_file() || path.join("boot").is_dir())
         .collect()
+}
+
+/// A program that a variable names, or the first of its name in `$PATH`.
+fn named_or_in_path(variable: &str, program: &str) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = || std::env::split_paths(&path).map(|directory| directory.join(program));
+    named.or_else(|| found().find(|path| path.is_file()))
 }
 
 /// The guest program, built once.

@@ -1,0 +1,190 @@
+//! What a capture needs of a paused machine: where its memory lies, and the state of its devices.
+//!
+//! Cloud Hypervisor writes description and state of a machine into a directory, and then its memory into a file beside
+//! them. We make that file before it does, so it stops there: nothing of memory is ever written, whatever its size. We
+//! read memory ourselves, see [`GuestMemory`].
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::config::{self, COMMAND_LINE_ADDRESS, segments};
+use super::control::Control;
+use super::state::{self, Facts, PAGE};
+use crate::kernel_arguments;
+use crate::memory::locate::{self, Signature};
+use crate::memory::{GuestMemory, Segment};
+use crate::process::{ProcessHandle, ProcessIdentity};
+use crate::spec::text;
+use crate::{MachineSpec, MemoryBacking, VmmError};
+
+const SAVE_DEADLINE: Duration = Duration::from_secs(120);
+/// A state has some hundred kilobytes at most.
+const FILE_LIMIT: u64 = 64 * 1024 * 1024;
+/// Where a state is written, in the runtime directory.
+const DIRECTORY: &str = "saving";
+/// Names that Cloud Hypervisor gives.
+pub(super) const CONFIG_FILE: &str = "config.json";
+pub(super) const STATE_FILE: &str = "state.json";
+pub(super) const MEMORY_FILE: &str = "memory-ranges";
+/// Where memory was found, in the runtime directory, for servers to come.
+pub(super) const PLACE_FILE: &str = "memory.json";
+
+/// Where the memory of a process lies.
+#[derive(Debug, Serialize, Deserialize)]
+struct Place {
+    process: ProcessIdentity,
+    segments: Vec<Segment>,
+}
+
+/// How guest memory is found in a process.
+#[derive(Debug)]
+pub(super) enum Search<'a> {
+    /// It is a private mapping of this file.
+    File(&'a Path),
+    /// It has bytes that are nowhere else.
+    Mark(Signature<'a>),
+}
+
+/// Finds the memory of a process that has just started and writes down where.
+pub(super) fn find_memory(
+    spec: &MachineSpec,
+    process: &Arc<ProcessHandle>,
+    search: &Search<'_>,
+) -> io::Result<GuestMemory> {
+    let lengths = segments(config::memory_bytes(spec));
+    let segments = match search {
+        Search::File(path) => locate::private_file(process, path, &lengths)?,
+        Search::Mark(mark) => locate::anonymous(process, &lengths, mark)?,
+    };
+    let memory = GuestMemory::open(Arc::clone(process), segments.clone())?;
+    let place = Place {
+        process: process.identity().clone(),
+        segments,
+    };
+    let path = spec.runtime_directory.join(PLACE_FILE);
+    let temporary = path.with_extension("new");
+    fs::write(&temporary, serde_json::to_vec(&place)?)?;
+    fs::rename(&temporary, &path)?;
+    Ok(memory)
+}
+
+/// The memory of a process that another server started.
+pub(super) fn known_memory(spec: &MachineSpec, process: &Arc<ProcessHandle>) -> io::Result<GuestMemory> {
+    let path = spec.runtime_directory.join(PLACE_FILE);
+    let known = fs::read(&path)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Place>(&bytes).ok());
+    if let Some(place) = known.filter(|place| place.process == *process.identity()) {
+        return GuestMemory::open(Arc::clone(process), place.segments);
+    }
+    match &spec.memory {
+        MemoryBacking::Private(file) => find_memory(spec, process, &Search::File(file)),
+        MemoryBacking::Anonymous => booted_memory(spec, process),
+    }
+}
+
+/// The memory of a machine that has just begun to boot.
+pub(super) fn booted_memory(spec: &MachineSpec, process: &Arc<ProcessHandle>) -> io::Result<GuestMemory> {
+    let mut bytes = kernel_arguments::cloud_hypervisor(spec)
+        .map_err(io::Error::other)?
+        .into_bytes();
+    bytes.push(0);
+    let mark = Signature {
+        offset: COMMAND_LINE_ADDRESS,
+        bytes: &bytes,
+    };
+    find_memory(spec, process, &Search::Mark(mark))
+}
+
+/// State of all devices, without RAM.
+pub(super) async fn save_devices(
+    control: &Control,
+    runtime_directory: &Path,
+    memory: GuestMemory,
+) -> Result<Vec<u8>, VmmError> {
+    let directory = Saving::new(runtime_directory).map_err(failed)?;
+    let target = json!({ "destination_url": format!("file://{}", text(&directory.0)?) });
+    match control.order("vm.snapshot", Some(&target), SAVE_DEADLINE).await {
+        Err(VmmError::Refused { message, .. }) if is_expected(&message) => {}
+        Err(error) => return Err(error),
+        Ok(_) => {
+            return Err(failed(io::Error::other(
+                "Cloud Hypervisor wrote memory where it could not",
+            )));
+        }
+    }
+    let work = move || -> io::Result<Vec<u8>> {
+        let bytes = directory.read(STATE_FILE)?;
+        let snapshot = state::parse(&bytes).map_err(io::Error::other)?;
+        let description: Value = serde_json::from_slice(&directory.read(CONFIG_FILE)?)?;
+        let offsets = state::pages_of_queues(&snapshot, memory.len()).map_err(io::Error::other)?;
+        let mut pages = vec![0; offsets.len() * PAGE as usize];
+        for (page, offset) in pages.chunks_exact_mut(PAGE as usize).zip(&offsets) {
+            memory.read(*offset, page)?;
+        }
+        let facts = Facts {
+            memory_bytes: memory.len(),
+            balloon_bytes: description["balloon"]["size"].as_u64().unwrap_or(0),
+            pages: offsets,
+        };
+        state::join(&facts, &bytes, &pages).map_err(io::Error::other)
+    };
+    let outcome = tokio::task::spawn_blocking(work).await;
+    outcome
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+        .map_err(failed)
+}
+
+/// Whether the only thing that failed was to make the file that we had made.
+fn is_expected(message: &str) -> bool {
+    message.contains("File exists (os error 17)")
+}
+
+fn failed(source: io::Error) -> VmmError {
+    VmmError::Io {
+        context: "cannot take a device state".to_owned(),
+        source,
+    }
+}
+
+/// The directory that a state is written to; it goes with this.
+#[derive(Debug)]
+struct Saving(PathBuf);
+
+impl Saving {
+    fn new(runtime_directory: &Path) -> io::Result<Self> {
+        let directory = runtime_directory.join(DIRECTORY);
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        DirBuilder::new().mode(0o700).create(&directory)?;
+        let made = Self(directory);
+        File::create_new(made.0.join(MEMORY_FILE))?;
+        Ok(made)
+    }
+
+    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(self.0.join(name))?
+            .take(FILE_LIMIT + 1)
+            .read_to_end(&mut bytes)?;
+        if bytes.is_empty() || bytes.len() as u64 > FILE_LIMIT {
+            return Err(io::Error::other(format!("{name} has {} bytes", bytes.len())));
+        }
+        Ok(bytes)
+    }
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

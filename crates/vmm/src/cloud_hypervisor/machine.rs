@@ -1,0 +1,233 @@
+//! A machine in a Cloud Hypervisor process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hypeman_guest_api::AGENT_VSOCK_PORT;
+use tokio::sync::OnceCell;
+
+use super::capture::{self, PLACE_FILE};
+use super::config::{API_SOCKET, BOOT_KERNEL, VSOCK_SOCKET};
+use super::control::Control;
+use super::events::PIPE;
+use crate::console::Console;
+use crate::disk_copies;
+use crate::process::{Ended, resident_and_cpu};
+use crate::turn::Turn;
+use crate::{
+    Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
+    MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, WorkloadLog,
+};
+
+/// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
+const LOG_GRACE: Duration = Duration::from_secs(1);
+/// Where the process writes the console.
+const STANDARD_OUTPUT: i32 = 1;
+
+/// A live (or just ended) Cloud Hypervisor process.
+#[derive(Debug)]
+pub(super) struct CloudHypervisorMachine {
+    control: Arc<Control>,
+    spec: MachineSpec,
+    console: Console,
+    workload_log: WorkloadLog,
+    identity: Option<StateIdentity>,
+    memory: OnceCell<GuestMemory>,
+    killed: AtomicBool,
+}
+
+impl CloudHypervisorMachine {
+    pub(super) fn new(
+        control: Arc<Control>,
+        spec: &MachineSpec,
+        console: Console,
+        workload_log: WorkloadLog,
+        identity: Option<StateIdentity>,
+        memory: Option<GuestMemory>,
+    ) -> Self {
+        Self {
+            control,
+            spec: spec.clone(),
+            console,
+            workload_log,
+            identity,
+            memory: OnceCell::new_with(memory),
+            killed: AtomicBool::new(false),
+        }
+    }
+
+    fn remove_files(&self) {
+        for name in [API_SOCKET, VSOCK_SOCKET, PIPE, PLACE_FILE, BOOT_KERNEL] {
+            let _ = std::fs::remove_file(self.spec.runtime_directory.join(name));
+        }
+    }
+
+    /// Why it ended, from what events, the kernel and, last, the console said.
+    fn exit_kind(&self, ended: Ended) -> ExitKind {
+        let told = self.control.told().ending();
+        let killed = self.killed.load(Ordering::Acquire);
+        let message = self.console.panic_message();
+        match ended {
+            _ if told.panicked => ExitKind::Panic { message },
+            // A kernel without a driver for the panic device says so on the console, and resets.
+            _ if told.reset && message.is_some() => ExitKind::Panic { message },
+            _ if told.reset => ExitKind::Reset,
+            _ if killed => ExitKind::Stopped,
+            Ended::Signal(number) => ExitKind::Signal { number },
+            Ended::Code(0) if told.shut_down => ExitKind::PowerOff,
+            Ended::Code(code) if code != 0 && message.is_none() => ExitKind::Code { code },
+            // Nobody listened when it ended: the console is the only witness left.
+            _ if message.is_some() => ExitKind::Panic { message },
+            _ if self.console.shows_power_off() => ExitKind::PowerOff,
+            Ended::Code(code) => ExitKind::Code { code },
+            Ended::Unseen => ExitKind::Unknown,
+        }
+    }
+}
+
+#[async_trait]
+impl Machine for CloudHypervisorMachine {
+    fn process(&self) -> &ProcessIdentity {
+        self.control.process().identity()
+    }
+
+    fn state_identity(&self) -> Option<&StateIdentity> {
+        self.identity.as_ref()
+    }
+
+    fn agent_channel(&self) -> AgentChannel {
+        AgentChannel::VsockSocket {
+            path: self.spec.runtime_directory.join(VSOCK_SOCKET),
+            port: AGENT_VSOCK_PORT,
+        }
+    }
+
+    async fn run_state(&self, deadline: Duration) -> Result<RunState, VmmError> {
+        self.control.run_state(deadline).await
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.control.pause().await
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.control.resume().await
+    }
+
+    async fn guest_memory(&self) -> Result<GuestMemory, VmmError> {
+        let find = || async {
+            let (spec, process) = (self.spec.clone(), Arc::clone(self.control.process()));
+            let outcome = tokio::task::spawn_blocking(move || capture::known_memory(&spec, &process)).await;
+            outcome
+                .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+                .map_err(|source| VmmError::Io {
+                    context: format!("cannot look at the memory of process {}", self.process().pid),
+                    source,
+                })
+        };
+        self.memory.get_or_try_init(find).await.cloned()
+    }
+
+    async fn save_devices(&self) -> Result<Vec<u8>, VmmError> {
+        if self.spec.hotplug_bytes > 0 {
+            return Err(VmmError::Unsupported {
+                kind: VmmKind::CloudHypervisor,
+                feature: "capturing a machine to which memory may be added",
+            });
+        }
+        let memory = self.guest_memory().await?;
+        capture::save_devices(&self.control, &self.spec.runtime_directory, memory).await
+    }
+
+    async fn prepare_disk_copies(&self, copies: &[DiskCopy]) -> Result<Box<dyn DiskCopies>, VmmError> {
+        Ok(Box::new(disk_copies::prepare(&self.spec.disks, copies).await?))
+    }
+
+    async fn power_button(&self) -> Result<(), VmmError> {
+        self.control.power_button().await
+    }
+
+    async fn kill(&self) -> Result<(), VmmError> {
+        let process = self.control.process();
+        if process.ended_now().is_none() {
+            self.killed.store(true, Ordering::Release);
+            process.kill().map_err(|source| VmmError::Io {
+                context: format!("cannot kill process {}", process.identity().pid),
+                source,
+            })?;
+            process.ended().await;
+        }
+        self.remove_files();
+        Ok(())
+    }
+
+    async fn exited(&self) {
+        self.control.process().ended().await;
+        // The last lines are with us already, and on their way to the file.
+        let _ = tokio::time::timeout(LOG_GRACE, self.workload_log.settled()).await;
+    }
+
+    async fn exit_cause(&self) -> ExitCause {
+        let Some(ended) = self.control.process().ended_now() else {
+            return ExitCause {
+                kind: ExitKind::Running,
+                console_tail: String::new(),
+            };
+        };
+        // The last events may still be on their way through the pipe; the reader ends when it is empty.
+        self.control.drained().await;
+        ExitCause {
+            kind: self.exit_kind(ended),
+            console_tail: self.console.tail(),
+        }
+    }
+
+    async fn reopen_workload_log(&self) -> Result<(), VmmError> {
+        self.workload_log.reopen().await
+    }
+
+    /// Cloud Hypervisor keeps its standard output, so the file gets its name back and its content goes to the other.
+    async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
+        let path = self.console.path().to_owned();
+        let context = format!("cannot rotate {}", path.display());
+        let failed = |source| VmmError::Io {
+            context: context.clone(),
+            source,
+        };
+        let pid = self.process().pid;
+        let moving = blocking(move || {
+            let Some(mut turn) = Turn::begin(pid, STANDARD_OUTPUT, &path)? else {
+                return Ok(None);
+            };
+            Ok((!turn.move_blocks()?).then_some(turn))
+        });
+        let Some(turn) = moving.await.map_err(failed)? else {
+            return Ok(());
+        };
+        self.control
+            .while_paused(async { blocking(|| turn.finish()).await.map_err(failed) })
+            .await
+    }
+
+    fn adjust(&self) -> Option<&dyn Adjust> {
+        Some(&*self.control)
+    }
+
+    fn stats(&self) -> Result<MachineStats, VmmError> {
+        let process = self.control.process();
+        if process.ended_now().is_some() || !process.identity().is_alive() {
+            return Err(VmmError::Gone);
+        }
+        resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+}

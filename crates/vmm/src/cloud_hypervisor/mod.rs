@@ -1,0 +1,448 @@
+//! Cloud Hypervisor.
+//!
+//! ```text
+//! launch:  bind sockets ─► spawn (sockets inherited) ─► vm.create ─► vm.boot ─► memory found ─► Machine
+//!                               │ any failure: kill, reap, remove what was made, tell its words
+//! restore: the same, but vm.restore from a directory of our own making ─► patch ─► Machine, paused  (restore.rs)
+//! adopt:   pidfd ─► identity equal? ─► Machine (memory is where it was written down)
+//! ```
+//!
+//! The listening socket is made by us and inherited, so a call waits in its queue from the first instant and nobody
+//! polls for a socket to appear. What Cloud Hypervisor itself says goes to memory, a bounded part of it: guests can make
+//! it say a lot.
+
+mod adjust;
+mod capture;
+mod config;
+mod control;
+mod events;
+mod machine;
+mod restore;
+mod state;
+
+use std::fs;
+use std::io::{Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hypeman_guest_api::LOG_VSOCK_PORT;
+
+use self::config::{API_SOCKET, Abilities, BOOT_KERNEL, Start, VSOCK_SOCKET};
+use self::control::Control;
+use self::events::{PIPE, Told};
+use self::machine::CloudHypervisorMachine;
+use self::restore::Prepared;
+use crate::binaries::{Binaries, Binary, Version};
+use crate::console::{self, Console};
+use crate::files::{append_only, io_error};
+use crate::gate::KvmGate;
+use crate::probe::processor_abilities;
+use crate::process::{Detached, KillOnDrop, ProcessHandle, Words, processes_with_argument, spawn_detached};
+use crate::{
+    Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
+    Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions, WorkloadLog,
+};
+
+const NAME: &str = "Cloud Hypervisor";
+const PROGRAM: &str = "cloud-hypervisor";
+/// Before it, a guest could free what its disk still used (CVE-2026-45782), and formats of disks were guessed
+/// (GHSA-jmr4-g2hv-mjj6).
+const OLDEST: Version = Version::new(51, 2, 0);
+/// From it on, the balloon goes on when memory cannot be given back. Before, the machine ended.
+const PATIENT_BALLOON: Version = Version::new(52, 0, 0);
+/// How long a starting process may take until it answers. It takes 20 ms on an idle host.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+const MACHINE_TYPE: &str = "cloud-hypervisor";
+
+/// Cloud Hypervisor on this host, in all its versions.
+#[derive(Debug)]
+pub(crate) struct CloudHypervisor {
+    binaries: Binaries,
+    gate: KvmGate,
+}
+
+impl CloudHypervisor {
+    pub(crate) fn new(options: &VmmOptions, search_path: Vec<PathBuf>, gate: KvmGate) -> Self {
+        let binaries = Binaries::new(
+            NAME,
+            PROGRAM,
+            OLDEST,
+            options.cloud_hypervisor_binary.clone(),
+            search_path,
+            options.versions_directory.as_deref(),
+        );
+        Self { binaries, gate }
+    }
+
+    /// The binary for new machines.
+    async fn newest(&self) -> Result<Binary, VmmError> {
+        self.gate.check().await?;
+        let mut all = self.binaries.all().await?;
+        match all.is_empty() {
+            true => Err(VmmError::Unavailable(format!("{NAME} is not installed"))),
+            false => Ok(all.swap_remove(0)),
+        }
+    }
+
+    /// The binary that wrote a state.
+    async fn writer_of(&self, identity: &StateIdentity) -> Result<Binary, VmmError> {
+        self.gate.check().await?;
+        let all = self.binaries.all().await?;
+        let found = all.iter().find(|binary| identity_of(binary) == *identity);
+        found.cloned().ok_or_else(|| {
+            let here: Vec<String> = all.iter().map(|binary| binary.version.to_string()).collect();
+            VmmError::StartFailed(format!(
+                "its state was written by {NAME} {} on a processor {:?}; here are {} on {:?}",
+                identity.version,
+                identity.cpu,
+                here.join(", "),
+                processor_abilities()
+            ))
+        })
+    }
+
+    async fn start(
+        &self,
+        binary: Binary,
+        spec: &MachineSpec,
+        restore: Option<Restore>,
+    ) -> Result<CloudHypervisorMachine, VmmError> {
+        check_memory(spec)?;
+        let abilities = abilities(binary.version);
+        let mut made = Made::new(&spec.runtime_directory);
+        let (work, patch) = match restore {
+            None => {
+                let description = config::config(spec, abilities, Start::Boot)?;
+                made.link_kernel(&spec.kernel)?;
+                (Work::Boot(description), None)
+            }
+            Some(restore) => {
+                let Restore {
+                    device_state, patch, ..
+                } = restore;
+                let (spec, has_patch) = (spec.clone(), patch.is_some());
+                let prepare =
+                    move || Prepared::new(&spec, abilities, &device_state, has_patch).map(Work::Restore);
+                let prepared = tokio::task::spawn_blocking(prepare).await;
+                let prepared = prepared.map_err(|error| VmmError::StartFailed(error.to_string()))?;
+                (prepared?, patch)
+            }
+        };
+        let socket = spec.runtime_directory.join(API_SOCKET);
+        let pipe_path = spec.runtime_directory.join(PIPE);
+        // Cloud Hypervisor binds this one itself.
+        remove(&spec.runtime_directory.join(VSOCK_SOCKET))?;
+        let listener = listen(&socket)?;
+        let pipe = Told::pipe(&pipe_path).map_err(io_error("cannot make", &pipe_path))?;
+        let arguments = vec![
+            "--api-socket".into(),
+            format!("fd={}", listener.as_raw_fd()).into(),
+            "--event-monitor".into(),
+            event_argument(&spec.runtime_directory),
+        ];
+        let keep = [listener, pipe];
+        let workload_log = listen_for_log(spec)?;
+        let mut log = append_only(&spec.vmm_log)?;
+        let log_start = log
+            .seek(SeekFrom::End(0))
+            .map_err(io_error("cannot read", &spec.vmm_log))?;
+        writeln!(log, "{}{}", console::START_MARK, spec.id)
+            .map_err(io_error("cannot write", &spec.vmm_log))?;
+        let words_failed = |source| VmmError::Io {
+            context: format!("cannot make room for what {NAME} says"),
+            source,
+        };
+        let words = Words::new().map_err(words_failed)?;
+        let errors = Some(words.writer().map_err(words_failed)?);
+        let console = Console::new(spec.vmm_log.clone(), Some(words));
+
+        let program = binary.path.clone();
+        let spawned = tokio::task::spawn_blocking(move || {
+            spawn_detached(Detached {
+                program: &program,
+                arguments,
+                directory: Path::new("/"),
+                output: log,
+                errors,
+                keep: &keep,
+                forbid_holes: false,
+            })
+        })
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let pid = spawned.map_err(io_error("cannot start", &binary.path))?;
+        let failed = || VmmError::StartFailed(console.tail_since(log_start));
+        let process = match ProcessHandle::of_child(pid) {
+            Ok(process) => Arc::new(process),
+            Err(error) => {
+                tracing::debug!(%error, "Cloud Hypervisor ended before it could be looked at");
+                return Err(failed());
+            }
+        };
+        let guard = KillOnDrop::of(&process);
+        let told =
+            Told::listen(&pipe_path, Arc::clone(&process)).map_err(io_error("cannot open", &pipe_path))?;
+        let control = Arc::new(Control::new(socket, Arc::clone(&process), told));
+        let ready = work.carry_out(&control, spec, patch);
+        let outcome = tokio::select! {
+            biased;
+            outcome = ready => outcome,
+            _ = process.ended() => Err(VmmError::Gone),
+        };
+        let memory = match outcome {
+            Ok(memory) => memory,
+            Err(error) => {
+                process.kill().map_err(io_error("cannot kill", &binary.path))?;
+                process.ended().await;
+                return Err(match error {
+                    VmmError::Gone => failed(),
+                    VmmError::Refused { message, .. } => VmmError::StartFailed(message),
+                    error => error,
+                });
+            }
+        };
+        guard.forget();
+        made.keep();
+        let identity = identity_of(&binary);
+        Ok(CloudHypervisorMachine::new(
+            control,
+            spec,
+            console,
+            workload_log,
+            Some(identity),
+            Some(memory),
+        ))
+    }
+}
+
+#[async_trait]
+impl Vmm for CloudHypervisor {
+    fn kind(&self) -> VmmKind {
+        VmmKind::CloudHypervisor
+    }
+
+    async fn capabilities(&self) -> Capabilities {
+        match self.newest().await {
+            Ok(binary) => Capabilities::Available {
+                version: binary.version.to_string(),
+                accelerator: Accelerator::Kvm,
+                features: features(binary.version),
+            },
+            Err(error) => Capabilities::Unavailable {
+                reason: error.to_string(),
+            },
+        }
+    }
+
+    fn max_disks(&self) -> usize {
+        config::MAX_DISKS
+    }
+
+    async fn launch(&self, spec: &MachineSpec) -> Result<Box<dyn Machine>, VmmError> {
+        let binary = self.newest().await?;
+        Ok(Box::new(self.start(binary, spec, None).await?))
+    }
+
+    async fn restore(&self, spec: &MachineSpec, restore: Restore) -> Result<Box<dyn Machine>, VmmError> {
+        let binary = self.writer_of(&restore.identity).await?;
+        Ok(Box::new(self.start(binary, spec, Some(restore)).await?))
+    }
+
+    async fn state_identities(&self) -> Result<Vec<StateIdentity>, VmmError> {
+        self.gate.check().await?;
+        Ok(self.binaries.all().await?.iter().map(identity_of).collect())
+    }
+
+    async fn adopt(
+        &self,
+        spec: &MachineSpec,
+        process: &ProcessIdentity,
+        identity: Option<&StateIdentity>,
+    ) -> Result<Box<dyn Machine>, VmmError> {
+        let handle = ProcessHandle::of_recorded(process)
+            .map_err(|source| VmmError::Io {
+                context: format!("cannot look at process {}", process.pid),
+                source,
+            })?
+            .ok_or(VmmError::Gone)?;
+        let handle = Arc::new(handle);
+        let pipe = spec.runtime_directory.join(PIPE);
+        let told = Told::listen(&pipe, Arc::clone(&handle)).unwrap_or_else(|error| {
+            tracing::warn!(machine = spec.id, %error, "an adopted machine will not say why it ends");
+            Told::deaf()
+        });
+        let console = Console::new(spec.vmm_log.clone(), Words::of(handle.identity()));
+        let workload_log = listen_for_log(spec)?;
+        let control = Control::new(spec.runtime_directory.join(API_SOCKET), handle, told);
+        Ok(Box::new(CloudHypervisorMachine::new(
+            Arc::new(control),
+            spec,
+            console,
+            workload_log,
+            identity.cloned(),
+            None,
+        )))
+    }
+
+    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
+        processes_with_argument(&event_argument(runtime_directory), |executable| {
+            executable
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(PROGRAM))
+        })
+        .map_err(io_error("cannot scan", Path::new("/proc")))
+    }
+}
+
+/// What a fresh process is told to do.
+enum Work {
+    Boot(serde_json::Value),
+    Restore(Prepared),
+}
+
+impl Work {
+    async fn carry_out(
+        self,
+        control: &Control,
+        spec: &MachineSpec,
+        patch: Option<crate::Patch>,
+    ) -> Result<GuestMemory, VmmError> {
+        match self {
+            Self::Restore(prepared) => prepared.load(control, spec, patch).await,
+            Self::Boot(description) => {
+                control
+                    .order("vm.create", Some(&description), START_DEADLINE)
+                    .await?;
+                control.order("vm.boot", None, START_DEADLINE).await?;
+                let kernel = spec.runtime_directory.join(BOOT_KERNEL);
+                fs::remove_file(&kernel).map_err(io_error("cannot remove", &kernel))?;
+                let (spec, process) = (spec.clone(), Arc::clone(control.process()));
+                let find = move || capture::booted_memory(&spec, &process);
+                let found = tokio::task::spawn_blocking(find).await;
+                found
+                    .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+                    .map_err(|source| VmmError::Io {
+                        context: "cannot find the memory of the machine".to_owned(),
+                        source,
+                    })
+            }
+        }
+    }
+}
+
+fn abilities(version: Version) -> Abilities {
+    Abilities {
+        balloon: version >= PATIENT_BALLOON,
+    }
+}
+
+fn features(version: Version) -> Vec<Feature> {
+    let mut features = vec![
+        Feature::Snapshots,
+        Feature::Standby,
+        Feature::Fork,
+        Feature::Pause,
+        Feature::HotplugMemory,
+        Feature::Vsock,
+        Feature::GpuPassthrough,
+        Feature::DiskIoLimit,
+        Feature::DiskResize,
+    ];
+    if abilities(version).balloon {
+        features.push(Feature::BalloonControl);
+    }
+    features.sort();
+    features
+}
+
+fn identity_of(binary: &Binary) -> StateIdentity {
+    StateIdentity {
+        vmm: VmmKind::CloudHypervisor,
+        version: binary.version.to_string(),
+        machine: MACHINE_TYPE.to_owned(),
+        cpu: processor_abilities(),
+        accelerator: Accelerator::Kvm,
+    }
+}
+
+/// Takes what the workload prints: the guest connects to a port of its host, which Cloud Hypervisor makes a connection to
+/// this socket.
+fn listen_for_log(spec: &MachineSpec) -> Result<WorkloadLog, VmmError> {
+    let socket = spec
+        .runtime_directory
+        .join(format!("{VSOCK_SOCKET}_{LOG_VSOCK_PORT}"));
+    WorkloadLog::listen(&socket, &spec.workload_log)
+}
+
+/// The word of the command line that marks a process as ours.
+fn event_argument(runtime_directory: &Path) -> std::ffi::OsString {
+    let mut word = std::ffi::OsString::from("path=");
+    word.push(runtime_directory.join(PIPE));
+    word
+}
+
+/// Removes what a start has made, if it fails.
+struct Made(Option<PathBuf>);
+
+impl Made {
+    fn new(runtime_directory: &Path) -> Self {
+        Self(Some(runtime_directory.to_owned()))
+    }
+
+    /// Shows the kernel under a name that is removed as soon as it is read.
+    fn link_kernel(&self, kernel: &Path) -> Result<(), VmmError> {
+        let Some(directory) = &self.0 else { return Ok(()) };
+        let link = directory.join(BOOT_KERNEL);
+        remove(&link)?;
+        std::os::unix::fs::symlink(kernel, &link).map_err(io_error("cannot make", &link))
+    }
+
+    fn keep(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let Some(directory) = &self.0 else { return };
+        for name in [API_SOCKET, VSOCK_SOCKET, PIPE, BOOT_KERNEL, capture::PLACE_FILE] {
+            let _ = fs::remove_file(directory.join(name));
+        }
+    }
+}
+
+/// A mapping beyond the end of its file would end the process at the guest's first look.
+fn check_memory(spec: &MachineSpec) -> Result<(), VmmError> {
+    let MemoryBacking::Private(path) = &spec.memory else {
+        return Ok(());
+    };
+    let about = fs::metadata(path).map_err(io_error("cannot look at", path))?;
+    let needed = config::memory_bytes(spec);
+    if !about.is_file() || about.len() < needed {
+        return Err(VmmError::InvalidSpec(format!(
+            "{} is no file of {needed} bytes of memory",
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), VmmError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(io_error("cannot remove", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, VmmError> {
+    remove(path)?;
+    UnixListener::bind(path)
+        .map(OwnedFd::from)
+        .map_err(io_error("cannot listen on", path))
+}

@@ -1,0 +1,192 @@
+//! Makes a fresh process the machine that was captured.
+//!
+//! ```text
+//! directory:  config.json    made of our own description; memory is a private mapping of its file
+//!             state.json     as captured, but for what is said of memory
+//!             memory-ranges  the pages that Cloud Hypervisor reads while it builds its devices, if there is a patch
+//!
+//! vm.restore ─► built, paused ─► memory found ─► patch over it ─► ready
+//! ```
+//!
+//! Invariant: no processor and no device has touched guest memory before the patch is complete, but for the pages that
+//! the state brings itself.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::capture::{self, CONFIG_FILE, MEMORY_FILE, STATE_FILE, Search};
+use super::config::{self, Abilities, COMMAND_LINE_ADDRESS, Start};
+use super::control::Control;
+use super::state::{self, Captured, PAGE, StateError};
+use crate::memory::locate::Signature;
+use crate::spec::text;
+use crate::{GuestMemory, MachineSpec, MemoryBacking, Patch, VmmError};
+
+/// How long the loading may take. It takes 20 ms on an idle host.
+const LOAD_DEADLINE: Duration = Duration::from_secs(60);
+/// Where a state is read from, in the runtime directory.
+const DIRECTORY: &str = "restoring";
+
+/// A directory as Cloud Hypervisor restores from; it goes with this.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    directory: PathBuf,
+    /// What marks memory that has no file, until it is patched.
+    mark: Option<Mark>,
+}
+
+/// Bytes that are nowhere else.
+#[derive(Debug)]
+struct Mark {
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+impl Prepared {
+    /// Writes down what the process will be.
+    pub(super) fn new(
+        spec: &MachineSpec,
+        abilities: Abilities,
+        device_state: &[u8],
+        has_patch: bool,
+    ) -> Result<Self, VmmError> {
+        let broken =
+            |error: StateError| VmmError::StartFailed(format!("the device state is unusable: {error}"));
+        let memory_bytes = config::memory_bytes(spec);
+        let captured = state::split(device_state, memory_bytes).map_err(broken)?;
+        let start = Start::Restore {
+            balloon_bytes: captured.facts.balloon_bytes,
+        };
+        let description = config::config(spec, abilities, start)?.to_string();
+        let directory = spec.runtime_directory.join(DIRECTORY);
+        let failed = |source| VmmError::Io {
+            context: format!("cannot prepare {}", directory.display()),
+            source,
+        };
+        let mark = match spec.memory {
+            MemoryBacking::Anonymous => Some(Mark::new(&captured.facts.pages).map_err(failed)?),
+            MemoryBacking::Private(_) => None,
+        };
+        // Without a patch the file behind memory has it all.
+        let filled = match has_patch || mark.is_some() {
+            true => Filled::new(&captured, mark.as_ref()),
+            false => Filled::default(),
+        };
+        let state = state::with_memory(captured.snapshot, memory_bytes, &filled.offsets).map_err(broken)?;
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        DirBuilder::new().mode(0o700).create(&directory).map_err(failed)?;
+        let prepared = Self {
+            directory: directory.clone(),
+            mark,
+        };
+        for (name, bytes) in [
+            (CONFIG_FILE, description.as_bytes()),
+            (STATE_FILE, state.as_slice()),
+            (MEMORY_FILE, filled.bytes.as_slice()),
+        ] {
+            write(&directory.join(name), bytes).map_err(failed)?;
+        }
+        Ok(prepared)
+    }
+
+    /// Loads the state into a process that waits for orders, and patches its memory. On error the process is to be
+    /// killed.
+    pub(super) async fn load(
+        self,
+        control: &Control,
+        spec: &MachineSpec,
+        patch: Option<Patch>,
+    ) -> Result<GuestMemory, VmmError> {
+        let source = json!({ "source_url": format!("file://{}", text(&self.directory)?) });
+        control.order("vm.restore", Some(&source), LOAD_DEADLINE).await?;
+        let process = Arc::clone(control.process());
+        let spec = spec.clone();
+        let work = move || -> io::Result<GuestMemory> {
+            let search = match (&self.mark, &spec.memory) {
+                (Some(mark), _) => Search::Mark(Signature {
+                    offset: mark.offset,
+                    bytes: &mark.bytes,
+                }),
+                (None, MemoryBacking::Private(file)) => Search::File(file),
+                (None, MemoryBacking::Anonymous) => return Err(io::Error::other("nothing marks its memory")),
+            };
+            let memory = capture::find_memory(&spec, &process, &search)?;
+            if let Some(mark) = &self.mark {
+                memory.write(mark.offset, &vec![0; mark.bytes.len()])?;
+            }
+            if let Some(patch) = patch {
+                patch(&memory)?;
+            }
+            Ok(memory)
+        };
+        let outcome = tokio::task::spawn_blocking(work).await;
+        outcome
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| VmmError::Io {
+                context: "cannot write the memory of the restored machine".to_owned(),
+                source,
+            })
+    }
+}
+
+/// Pages that Cloud Hypervisor fills into memory before it builds devices.
+#[derive(Default)]
+struct Filled {
+    offsets: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+impl Filled {
+    fn new(captured: &Captured, mark: Option<&Mark>) -> Self {
+        let mut filled = Self {
+            offsets: captured.facts.pages.clone(),
+            bytes: captured.pages.clone(),
+        };
+        if let Some(mark) = mark {
+            filled.offsets.push(mark.offset);
+            filled.bytes.extend_from_slice(&mark.bytes);
+            filled.bytes.resize(filled.offsets.len() * PAGE as usize, 0);
+        }
+        filled
+    }
+}
+
+impl Mark {
+    /// A mark in a page that the state leaves alone.
+    fn new(taken: &[u64]) -> io::Result<Self> {
+        let mut pages = (COMMAND_LINE_ADDRESS..).step_by(PAGE as usize);
+        let offset = pages
+            .find(|page| !taken.contains(page))
+            .unwrap_or(COMMAND_LINE_ADDRESS);
+        let mut bytes = vec![0; 32];
+        let mut done = 0;
+        while done < bytes.len() {
+            done += rustix::rand::getrandom(&mut bytes[done..], rustix::rand::GetRandomFlags::empty())?;
+        }
+        Ok(Self { offset, bytes })
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)
+}
