@@ -29,6 +29,7 @@ mod spec;
 mod turn;
 mod workload_log;
 
+pub use hypeman_jail::{Item as JailItem, Jail, JailOptions, Mode as JailMode, Report as JailReport};
 pub use machine::{
     Adjust, Capabilities, DiskCopies, DiskCopy, ExitCause, ExitKind, Feature, Machine, MachineStats, Patch,
     Restore, RunState, StateIdentity, Vmm, VmmError, VmmKind,

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::{Accelerator, AgentChannel, Disk, GuestMemory, MachineSpec, ProcessIdentity};
+use crate::{Accelerator, AgentChannel, Disk, GuestMemory, JailReport, MachineSpec, ProcessIdentity};
 
 /// The five kinds of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -309,6 +309,11 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// What a device state of this machine needs to be loaded again: the binary on the disk may be another one by now.
     /// `None` where nobody remembers.
     fn state_identity(&self) -> Option<&StateIdentity>;
+
+    /// What of a jail confines it. `None`: there is none, or another server started it and knows.
+    fn jail(&self) -> Option<&JailReport> {
+        None
+    }
 
     /// Where the guest's agent answers.
     fn agent_channel(&self) -> AgentChannel;

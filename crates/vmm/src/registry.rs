@@ -8,7 +8,7 @@ use crate::cloud_hypervisor::CloudHypervisor;
 use crate::firecracker::Firecracker;
 use crate::gate::KvmGate;
 use crate::qemu::{Board, Qemu, QemuHost};
-use crate::{Accelerator, Capabilities, Vmm, VmmKind};
+use crate::{Accelerator, Capabilities, Jail, JailOptions, Vmm, VmmKind};
 
 /// Where to look and what to prefer. [`Default`] looks in `$PATH` and lets an experiment choose.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +29,8 @@ pub struct VmmOptions {
     pub search_path: Vec<PathBuf>,
     /// Directory that keeps the result of slow experiments over restarts.
     pub cache_directory: Option<PathBuf>,
+    /// How VMMs are confined.
+    pub jail: JailOptions,
 }
 
 /// The VMMs of this host.
@@ -36,6 +38,7 @@ pub struct VmmOptions {
 pub struct Vmms {
     drivers: BTreeMap<VmmKind, Arc<dyn Vmm>>,
     qemu: Arc<QemuHost>,
+    jail: Arc<Jail>,
 }
 
 impl Vmms {
@@ -55,18 +58,32 @@ impl Vmms {
             options.accelerator,
             options.cache_directory.clone(),
         ));
+        let jail = Arc::new(Jail::new(options.jail.clone()));
         let kvm = KvmGate::new(Arc::clone(&host), options.trust_kvm);
         let drivers: [Arc<dyn Vmm>; 4] = [
-            Arc::new(CloudHypervisor::new(&options, search_path.clone(), kvm.clone())),
-            Arc::new(Firecracker::new(&options, search_path, kvm)),
-            Arc::new(Qemu::new(Board::Q35, Arc::clone(&host))),
-            Arc::new(Qemu::new(Board::Microvm, Arc::clone(&host))),
+            Arc::new(CloudHypervisor::new(
+                &options,
+                search_path.clone(),
+                kvm.clone(),
+            )),
+            Arc::new(Firecracker::new(&options, search_path, kvm, Arc::clone(&jail))),
+            Arc::new(Qemu::new(Board::Q35, Arc::clone(&host), Arc::clone(&jail))),
+            Arc::new(Qemu::new(Board::Microvm, Arc::clone(&host), Arc::clone(&jail))),
         ];
         let drivers = drivers
             .into_iter()
             .map(|driver| (driver.kind(), driver))
             .collect();
-        Self { drivers, qemu: host }
+        Self {
+            drivers,
+            qemu: host,
+            jail,
+        }
+    }
+
+    /// What confines VMMs here.
+    pub fn jail(&self) -> &Arc<Jail> {
+        &self.jail
     }
 
     /// The driver of a kind, also when its VMM is not available at the moment. `None`: there is no driver.

@@ -18,8 +18,8 @@ use crate::process::{Ended, resident_and_cpu};
 use crate::rest::{CALL_DEADLINE, RestClient};
 use crate::workload_log::WorkloadLog;
 use crate::{
-    AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
-    MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, disk_copies,
+    AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
+    MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, disk_copies,
 };
 
 /// A live (or just ended) Firecracker process and our way to it.
@@ -36,6 +36,7 @@ pub(super) struct FirecrackerMachine {
     /// There while the machine waits for us with everything.
     hold: Mutex<Option<Hold>>,
     killed: AtomicBool,
+    jail: Option<JailReport>,
 }
 
 impl FirecrackerMachine {
@@ -58,7 +59,13 @@ impl FirecrackerMachine {
             workload_log,
             hold: Mutex::new(None),
             killed: AtomicBool::new(false),
+            jail: None,
         }
+    }
+
+    /// What of a jail its process bears.
+    pub(super) fn in_jail(self, jail: Option<JailReport>) -> Self {
+        Self { jail, ..self }
     }
 
     async fn change_state(&self, state: &str) -> Result<(), VmmError> {
@@ -96,6 +103,10 @@ impl Machine for FirecrackerMachine {
 
     fn state_identity(&self) -> Option<&StateIdentity> {
         self.identity.as_ref()
+    }
+
+    fn jail(&self) -> Option<&JailReport> {
+        self.jail.as_ref()
     }
 
     fn agent_channel(&self) -> AgentChannel {

@@ -33,13 +33,13 @@ use crate::gate::KvmGate;
 use crate::kernel_arguments;
 use crate::memory::{Segment, locate};
 use crate::probe::processor_abilities;
-use crate::process::{Detached, KillOnDrop, ProcessHandle, processes_with_argument, spawn_detached};
+use crate::process::{Detached, KillOnDrop, ProcessHandle, limits, processes_with_argument, spawn_detached};
 use crate::rest::RestClient;
 use crate::socket::until_it_listens;
 use crate::workload_log::WorkloadLog;
 use crate::{
-    Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
-    Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions,
+    Accelerator, Capabilities, Feature, GuestMemory, Jail, JailReport, Machine, MachineSpec, MemoryBacking,
+    ProcessIdentity, Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions,
 };
 
 /// The oldest version whose configuration and device state this driver was verified with. All older ones with known
@@ -65,10 +65,16 @@ const MAX_DISKS: usize = 13;
 pub(crate) struct Firecracker {
     binaries: Binaries,
     kvm: KvmGate,
+    jail: Arc<Jail>,
 }
 
 impl Firecracker {
-    pub(crate) fn new(options: &VmmOptions, search_path: Vec<PathBuf>, kvm: KvmGate) -> Self {
+    pub(crate) fn new(
+        options: &VmmOptions,
+        search_path: Vec<PathBuf>,
+        kvm: KvmGate,
+        jail: Arc<Jail>,
+    ) -> Self {
         let binaries = Binaries::new(
             "Firecracker",
             "firecracker",
@@ -77,7 +83,7 @@ impl Firecracker {
             search_path,
             options.versions_directory.as_deref(),
         );
-        Self { binaries, kvm }
+        Self { binaries, kvm, jail }
     }
 
     async fn usable(&self) -> Result<Vec<Binary>, VmmError> {
@@ -107,7 +113,7 @@ impl Firecracker {
         writeln!(log, "{}{}", console::START_MARK, spec.id)
             .map_err(io_error("cannot write", &spec.vmm_log))?;
         let console = Console::new(spec.vmm_log.clone(), None);
-        let process = self.spawn(spec, binary, &files, restore.is_none(), log).await?;
+        let (process, jail) = self.spawn(spec, binary, &files, restore.is_none(), log).await?;
         let failed = || VmmError::StartFailed(console.tail_since(log_start));
         let process = Arc::new(process.ok_or_else(failed)?);
         let kill = KillOnDrop::of(&process);
@@ -147,7 +153,8 @@ impl Firecracker {
             identity,
             spec,
             workload_log,
-        ))
+        )
+        .in_jail(jail))
     }
 
     async fn spawn(
@@ -157,7 +164,13 @@ impl Firecracker {
         files: &Files,
         configured: bool,
         output: std::fs::File,
-    ) -> Result<Option<ProcessHandle>, VmmError> {
+    ) -> Result<(Option<ProcessHandle>, Option<JailReport>), VmmError> {
+        // It writes its own memory into a file.
+        let limits = limits(self.jail.options(), spec, spec.memory_bytes);
+        let restraint = self
+            .jail
+            .restrain_only(&limits, "Firecracker is not put into the jail by this version")
+            .map_err(|error| VmmError::Unavailable(error.to_string()))?;
         let mut arguments = vec![
             "--id".into(),
             spec.id.clone().into(),
@@ -179,14 +192,17 @@ impl Firecracker {
                 errors: None,
                 keep: &[],
                 forbid_holes: false,
+                jail: None,
+                restraint,
             })
         })
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let pid = spawned.map_err(io_error("cannot start", &binary.path))?;
-        Ok(ProcessHandle::of_child(pid)
+        let spawned = spawned.map_err(io_error("cannot start", &binary.path))?;
+        let process = ProcessHandle::of_child(spawned.pid)
             .inspect_err(|error| tracing::debug!(%error, "Firecracker ended before it could be looked at"))
-            .ok())
+            .ok();
+        Ok((process, spawned.jail))
     }
 }
 

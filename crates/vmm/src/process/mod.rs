@@ -9,14 +9,16 @@
 //! Invariant: a signal goes through a pidfd whose process was compared with its [`ProcessIdentity`] after the
 //! pidfd was opened, so it never reaches a process that merely got the same number.
 
+mod confine;
 mod filter;
 mod identity;
 mod spawn;
 mod watch;
 mod words;
 
+pub(crate) use confine::{confines, limits};
 pub use identity::{ProcessIdentity, boot_id};
 pub(crate) use identity::{processes_with_argument, resident_and_cpu};
-pub(crate) use spawn::{Detached, spawn_detached};
+pub(crate) use spawn::{Confinement, Detached, spawn_detached};
 pub(crate) use watch::{Ended, KillOnDrop, ProcessHandle, readable};
 pub(crate) use words::Words;

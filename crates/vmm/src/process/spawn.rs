@@ -1,4 +1,4 @@
-//! Starts a program that outlives us: own session, nothing inherited but what is named.
+//! Starts a program that outlives us: own session, nothing inherited but what is named; in a jail where there is one.
 #![allow(unsafe_code)]
 
 use std::ffi::OsString;
@@ -8,7 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
+use hypeman_jail::{Jail, JailSpec, Launch, Memory, Report, Restraint};
 use rustix::io::FdFlags;
 
 use super::filter;
@@ -25,13 +27,64 @@ pub(crate) struct Detached<'a> {
     pub(crate) errors: Option<File>,
     /// Descriptors that the program keeps, under the numbers that they have here.
     pub(crate) keep: &'a [OwnedFd],
-    /// The program may not make holes in files (see [`super::filter`]).
+    /// The program may not make holes in files (see [`super::filter`]). In a jail it has none to make them in.
     pub(crate) forbid_holes: bool,
+    /// Where it is confined.
+    pub(crate) jail: Option<Confinement>,
+    /// What it bears where it is not.
+    pub(crate) restraint: Option<(Restraint, Report)>,
 }
 
-/// Starts the program as leader of a session of its own, with an empty environment but `PATH`.
-/// Returns its process id; the caller reaps it (see [`super::ProcessHandle`]).
-pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
+/// The jail of one program.
+#[derive(Debug)]
+pub(crate) struct Confinement {
+    pub(crate) jail: Arc<Jail>,
+    pub(crate) spec: JailSpec,
+    /// A file that it maps privately and does not see.
+    pub(crate) memory: Option<Memory>,
+}
+
+/// A program that was started.
+#[derive(Debug)]
+pub(crate) struct Spawned {
+    /// The caller reaps it (see [`super::ProcessHandle`]).
+    pub(crate) pid: u32,
+    /// What of its jail is in force.
+    pub(crate) jail: Option<Report>,
+}
+
+/// Starts the program as leader of a session of its own, with an empty environment but `PATH`. Returns once it executes.
+pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<Spawned> {
+    match detached.jail {
+        Some(_) => confined(detached),
+        None => unconfined(detached),
+    }
+}
+
+fn confined(detached: Detached<'_>) -> io::Result<Spawned> {
+    let Some(confinement) = detached.jail else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let launch = Launch {
+        program: detached.program,
+        arguments: &detached.arguments,
+        directory: detached.directory,
+        output: detached.output.as_fd(),
+        keep: detached.keep,
+        memory: confinement.memory,
+    };
+    let confined = confinement
+        .jail
+        .spawn(&confinement.spec, launch)
+        .map_err(io::Error::other)?;
+    Ok(Spawned {
+        pid: confined.pid,
+        jail: Some(confined.report),
+    })
+}
+
+fn unconfined(detached: Detached<'_>) -> io::Result<Spawned> {
+    let (restraint, report) = detached.restraint.unzip();
     let keep: Vec<i32> = detached.keep.iter().map(AsRawFd::as_raw_fd).collect();
     let mut command = Command::new(detached.program);
     command
@@ -67,6 +120,9 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
             let descriptor = unsafe { BorrowedFd::borrow_raw(*number) };
             rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
         }
+        if let Some(restraint) = &restraint {
+            restraint.apply()?;
+        }
         if forbid_holes {
             filter::forbid_holes()?;
         }
@@ -75,5 +131,8 @@ pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<u32> {
     // SAFETY: the closure runs between fork and exec and makes only system calls: no allocation, no lock.
     unsafe { command.pre_exec(prepare) };
     let child = command.spawn()?;
-    Ok(child.id())
+    Ok(Spawned {
+        pid: child.id(),
+        jail: report,
+    })
 }

@@ -214,8 +214,11 @@ mod tests {
             errors: None,
             keep: &[],
             forbid_holes: false,
+            jail: None,
+            restraint: None,
         })
         .unwrap()
+        .pid
     }
 
     #[tokio::test]
@@ -280,8 +283,11 @@ mod tests {
             errors: None,
             keep: std::slice::from_ref(&kept),
             forbid_holes: false,
+            jail: None,
+            restraint: None,
         })
-        .unwrap();
+        .unwrap()
+        .pid;
         let handle = ProcessHandle::of_child(pid).unwrap();
         gate.open();
         handle.ended().await;

@@ -67,6 +67,15 @@ pub(crate) struct Sockets {
     pub(crate) agent: i32,
 }
 
+/// What a QEMU inherits that cannot open it by its name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Handed {
+    /// The TAP.
+    pub(crate) tap: Option<i32>,
+    /// Files; the first is `/dev/fdset/1` to it, and so on.
+    pub(crate) files: Vec<i32>,
+}
+
 /// Translates a machine into the arguments of QEMU.
 pub(crate) fn arguments(
     board: Board,
@@ -74,6 +83,7 @@ pub(crate) fn arguments(
     host: &Host,
     sockets: Sockets,
     start: Start,
+    handed: &Handed,
 ) -> Result<Vec<OsString>, VmmError> {
     check(board, spec)?;
     let memory_mib = spec.memory_bytes.div_ceil(MEBIBYTE);
@@ -90,6 +100,9 @@ pub(crate) fn arguments(
         );
     }
     line.option("-pidfile", text(&spec.runtime_directory.join(PID_FILE))?);
+    for (index, file) in handed.files.iter().enumerate() {
+        line.option("-add-fd", format!("fd={file},set={}", index + 1));
+    }
 
     // A state without memory has no description at its end, and none shall be missed.
     let expectations = match start {
@@ -176,7 +189,10 @@ pub(crate) fn arguments(
     if let Some(nic) = &spec.nic {
         line.option(
             "-netdev",
-            format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", nic.tap),
+            match handed.tap {
+                Some(tap) => format!("tap,id=net,fd={tap},vhost=off"),
+                None => format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", nic.tap),
+            },
         );
         let device = with(board.device("net", "nic", Slot::Nic), "netdev", json!("net"));
         let device = with(device, "mac", json!(nic.mac));

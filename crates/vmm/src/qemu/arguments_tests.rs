@@ -64,7 +64,15 @@ fn full() -> MachineSpec {
 
 /// One option a line, as in the golden files.
 fn shown(board: Board, spec: &MachineSpec, accelerator: Accelerator, start: Start) -> String {
-    let words = arguments(board, spec, &host(accelerator), SOCKETS, start).unwrap();
+    let words = arguments(
+        board,
+        spec,
+        &host(accelerator),
+        SOCKETS,
+        start,
+        &Handed::default(),
+    )
+    .unwrap();
     let mut text = String::new();
     for word in words {
         let word = word.into_string().unwrap();
@@ -116,7 +124,15 @@ fn command_lines_are_as_agreed() {
 fn a_restored_machine_has_the_devices_of_the_captured_one() {
     for board in [Board::Q35, Board::Microvm] {
         let devices = |start| -> Vec<OsString> {
-            let words = arguments(board, &full(), &host(Accelerator::Tcg), SOCKETS, start).unwrap();
+            let words = arguments(
+                board,
+                &full(),
+                &host(Accelerator::Tcg),
+                SOCKETS,
+                start,
+                &Handed::default(),
+            )
+            .unwrap();
             let values = words.iter().skip(1).zip(&words);
             values
                 .filter(|(_, option)| {
@@ -159,6 +175,7 @@ fn what_cannot_be_a_machine_is_refused() {
             &host(Accelerator::Tcg),
             SOCKETS,
             Start::Boot,
+            &Handed::default(),
         );
         assert!(matches!(outcome, Err(VmmError::InvalidSpec(_))), "{outcome:?}");
     };
@@ -188,10 +205,10 @@ proptest! {
         spec.vmm_log = PathBuf::from(&name);
         spec.kernel_arguments = vec![argument];
         let host = host(Accelerator::Tcg);
-        let strange = arguments(Board::Q35, &spec, &host, SOCKETS, Start::Boot).unwrap();
+        let strange = arguments(Board::Q35, &spec, &host, SOCKETS, Start::Boot, &Handed::default()).unwrap();
         let mut plain = full();
         plain.memory = MemoryBacking::Private("/data/memory/raw".into());
-        let plain = arguments(Board::Q35, &plain, &host, SOCKETS, Start::Boot).unwrap();
+        let plain = arguments(Board::Q35, &plain, &host, SOCKETS, Start::Boot, &Handed::default()).unwrap();
         prop_assert_eq!(strange.len(), plain.len());
         for (strange, plain) in strange.iter().zip(&plain) {
             let is_option = plain.to_str().unwrap().starts_with('-');
@@ -205,4 +222,34 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_is_handed_over_is_named_by_its_descriptor() {
+    let mut spec = full();
+    spec.disks[1].path = "/dev/fdset/2".into();
+    let handed = Handed {
+        tap: Some(20),
+        files: vec![21, 22],
+    };
+    let words = arguments(
+        Board::Q35,
+        &spec,
+        &host(Accelerator::Tcg),
+        SOCKETS,
+        Start::Boot,
+        &handed,
+    );
+    let words: Vec<String> = words
+        .unwrap()
+        .into_iter()
+        .map(|word| word.into_string().unwrap())
+        .collect();
+    let value_of = |option: &str| {
+        let values = words.windows(2).filter(|pair| pair[0] == option);
+        values.map(|pair| pair[1].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(value_of("-add-fd"), ["fd=21,set=1", "fd=22,set=2"]);
+    assert_eq!(value_of("-netdev"), ["tap,id=net,fd=20,vhost=off"]);
+    assert!(words.iter().any(|word| word.contains("/dev/fdset/2")));
 }

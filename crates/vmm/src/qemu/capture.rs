@@ -54,12 +54,18 @@ pub(super) async fn save_devices(control: &Control) -> Result<Vec<u8>, VmmError>
     let file = rustix::fs::memfd_create("device-state", MemfdFlags::CLOEXEC)
         .map_err(|error| failed(error.into()))?;
     let mut file = File::from(file);
-    // QEMU opens it by the name that it has in our process: nothing to clean up, and no disk to wait for.
-    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-    let arguments = json!({ "filename": path, "live": false });
-    control
+    // No disk to wait for, and nothing to clean up. QEMU opens it for writing, and gets what is opened so.
+    let writer = File::options()
+        .write(true)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .map_err(failed)?;
+    let lent = control.lend(writer).await?;
+    let arguments = json!({ "filename": lent.path(), "live": false });
+    let saved = control
         .command("xen-save-devices-state", arguments, SAVE_DEADLINE)
-        .await?;
+        .await;
+    control.take_back(lent).await?;
+    saved?;
     let mut state = Vec::new();
     file.rewind()
         .and_then(|()| file.take(STATE_LIMIT + 1).read_to_end(&mut state))

@@ -7,11 +7,12 @@
 //!
 //! Invariant: a command to a process that has ended is [`VmmError::Gone`], whatever the socket said first.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
 
 use super::agent_port::AgentPort;
@@ -26,6 +27,19 @@ pub(super) const END_GRACE: Duration = Duration::from_secs(1);
 
 /// Pause between two attempts of a machine that waits for room on the host's disk.
 const STALL_RETRY: Duration = Duration::from_secs(1);
+
+/// A file that QEMU opens by a name that we gave it: it may see no other file of ours.
+#[derive(Debug)]
+pub(super) struct Lent {
+    set: u64,
+}
+
+impl Lent {
+    /// What QEMU opens.
+    pub(super) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/fdset/{}", self.set))
+    }
+}
 
 /// What events told about the end.
 #[derive(Debug, Default, Clone)]
@@ -203,6 +217,41 @@ impl Control {
             Ok(Err(error)) => Err(self.translate(command, deadline, error).await),
             Err(_) => Err(unresponsive(command, deadline)),
         }
+    }
+
+    /// Lends QEMU a file. It opens it as often as it likes until it is taken back, and only in the way in which it is
+    /// open here.
+    pub(super) async fn lend(&self, file: File) -> Result<Lent, VmmError> {
+        let command = "add-fd";
+        if self.process.ended_now().is_some() {
+            return Err(VmmError::Gone);
+        }
+        let work = async {
+            let client = self.client(COMMAND_DEADLINE).await?;
+            client
+                .execute_with(command, Value::Null, file.into(), COMMAND_DEADLINE)
+                .await
+        };
+        let answer = match tokio::time::timeout(COMMAND_DEADLINE, work).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => return Err(self.translate(command, COMMAND_DEADLINE, error).await),
+            Err(_) => return Err(unresponsive(command, COMMAND_DEADLINE)),
+        };
+        match answer["fdset-id"].as_u64() {
+            Some(set) => Ok(Lent { set }),
+            None => Err(VmmError::Refused {
+                command: command.to_owned(),
+                message: "it named no set".to_owned(),
+            }),
+        }
+    }
+
+    /// Takes back what was lent; what QEMU has open of it stays open.
+    pub(super) async fn take_back(&self, lent: Lent) -> Result<(), VmmError> {
+        let arguments = json!({ "fdset-id": lent.set });
+        self.command("remove-fd", arguments, COMMAND_DEADLINE)
+            .await
+            .map(drop)
     }
 
     async fn translate(&self, command: &str, deadline: Duration, error: QmpError) -> VmmError {

@@ -15,9 +15,8 @@
 //! - A machine has one set of copies at a time; what a server left behind that died is cleared before the next.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,7 +29,6 @@ use serde_json::{Value, json};
 use super::arguments::raw_node;
 use super::control::{COMMAND_DEADLINE, Control};
 use crate::files::io_error;
-use crate::spec::text;
 use crate::{Disk, DiskCopies, DiskCopy, VmmError};
 
 /// What names of our jobs and nodes begin with.
@@ -159,9 +157,11 @@ impl QemuDiskCopies {
         let (map, data) = (format!("{name}-map"), format!("{name}-data"));
         let memory = rustix::fs::memfd_create("disk-copy-map", MemfdFlags::CLOEXEC)
             .map_err(|error| failed("cannot make a map of a copy", error))?;
-        let memory_path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
-        self.add_file(&map, Path::new(&memory_path)).await?;
-        self.add_file(&data, &copy.target).await?;
+        let target = file
+            .try_clone()
+            .map_err(io_error("cannot hand over", &copy.target))?;
+        self.add_file(&map, File::from(memory)).await?;
+        self.add_file(&data, target).await?;
         let create = json!({
             "job-id": name,
             "options": { "driver": "qcow2", "file": map, "data-file": data, "size": size },
@@ -175,20 +175,20 @@ impl QemuDiskCopies {
             .map(drop)
     }
 
-    async fn add_file(&self, name: &str, path: &Path) -> Result<(), VmmError> {
+    async fn add_file(&self, name: &str, file: File) -> Result<(), VmmError> {
+        let lent = self.control.lend(file).await?;
         let node = json!({
             "driver": "file",
             "node-name": name,
-            "filename": text(path)?,
+            "filename": lent.path(),
             "locking": "off",
             "aio": "threads",
             // We bring it to stable storage ourselves, in the end.
             "cache": { "direct": false, "no-flush": true },
         });
-        self.control
-            .command("blockdev-add", node, COMMAND_DEADLINE)
-            .await
-            .map(drop)
+        let added = self.control.command("blockdev-add", node, COMMAND_DEADLINE).await;
+        self.control.take_back(lent).await?;
+        added.map(drop)
     }
 
     /// Starts a job and waits for its end.

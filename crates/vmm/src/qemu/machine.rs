@@ -16,10 +16,9 @@ use super::{capture, copies, restore};
 use crate::console::Console;
 use crate::files::append_only;
 use crate::process::{Ended, resident_and_cpu};
-use crate::spec::text;
 use crate::{
-    AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
-    MachineStats, ProcessIdentity, Restore, RunState, StateIdentity, VmmError,
+    AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
+    MachineSpec, MachineStats, ProcessIdentity, Restore, RunState, StateIdentity, VmmError,
 };
 
 /// A live (or just ended) QEMU process and our connection to it.
@@ -33,6 +32,7 @@ pub(crate) struct QemuMachine {
     console: Console,
     identity: Option<StateIdentity>,
     killed: AtomicBool,
+    jail: Option<JailReport>,
 }
 
 impl QemuMachine {
@@ -41,6 +41,7 @@ impl QemuMachine {
         console: Console,
         spec: &MachineSpec,
         identity: Option<StateIdentity>,
+        jail: Option<JailReport>,
     ) -> Self {
         Self {
             control: Arc::new(control),
@@ -51,6 +52,7 @@ impl QemuMachine {
             console,
             identity,
             killed: AtomicBool::new(false),
+            jail,
         }
     }
 
@@ -74,15 +76,12 @@ impl QemuMachine {
         let mut fresh = path.as_os_str().to_owned();
         fresh.push(".new");
         let fresh = PathBuf::from(fresh);
-        append_only(&fresh)?;
-        let out = text(&fresh)?;
-        let backend = json!({ "type": "file", "data": { "out": out, "append": true } });
-        self.command(
-            "chardev-change",
-            json!({ "id": chardev, "backend": backend }),
-            COMMAND_DEADLINE,
-        )
-        .await?;
+        let lent = self.control.lend(append_only(&fresh)?).await?;
+        let backend = json!({ "type": "file", "data": { "out": lent.path(), "append": true } });
+        let arguments = json!({ "id": chardev, "backend": backend });
+        let changed = self.command("chardev-change", arguments, COMMAND_DEADLINE).await;
+        self.control.take_back(lent).await?;
+        changed?;
         std::fs::rename(&fresh, path).map_err(|source| VmmError::Io {
             context: format!("cannot rename {}", fresh.display()),
             source,
@@ -149,6 +148,10 @@ impl Machine for QemuMachine {
 
     fn state_identity(&self) -> Option<&StateIdentity> {
         self.identity.as_ref()
+    }
+
+    fn jail(&self) -> Option<&JailReport> {
+        self.jail.as_ref()
     }
 
     fn agent_channel(&self) -> AgentChannel {

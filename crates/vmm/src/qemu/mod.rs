@@ -15,11 +15,13 @@ mod arguments;
 mod binary;
 mod board;
 mod capture;
+mod confined;
 mod control;
 mod copies;
 mod machine;
 mod qmp;
 mod restore;
+mod tap;
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
@@ -31,7 +33,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use self::arguments::{AGENT_SOCKET, PID_FILE, QMP_SOCKET, Sockets, Start};
+use self::arguments::{AGENT_SOCKET, Handed, PID_FILE, QMP_SOCKET, Sockets, Start};
 pub(crate) use self::binary::QemuHost;
 pub(crate) use self::board::Board;
 use self::control::Control;
@@ -39,10 +41,12 @@ use self::machine::QemuMachine;
 use self::restore::StatePipe;
 use crate::console::{self, Console};
 use crate::files::{append_only, io_error};
-use crate::process::{Detached, KillOnDrop, ProcessHandle, Words, processes_with_argument, spawn_detached};
+use crate::process::{
+    Detached, KillOnDrop, ProcessHandle, Words, confines, limits, processes_with_argument, spawn_detached,
+};
 use crate::{
-    Capabilities, Feature, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore, StateIdentity, Vmm,
-    VmmError, VmmKind,
+    Capabilities, Feature, Jail, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore,
+    StateIdentity, Vmm, VmmError, VmmKind,
 };
 
 /// How long a starting QEMU may take until it answers. It takes 30 ms on an idle machine.
@@ -53,11 +57,12 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 pub(crate) struct Qemu {
     board: Board,
     host: Arc<QemuHost>,
+    jail: Arc<Jail>,
 }
 
 impl Qemu {
-    pub(crate) fn new(board: Board, host: Arc<QemuHost>) -> Self {
-        Self { board, host }
+    pub(crate) fn new(board: Board, host: Arc<QemuHost>, jail: Arc<Jail>) -> Self {
+        Self { board, host, jail }
     }
 
     async fn start(&self, spec: &MachineSpec, restore: Option<Restore>) -> Result<QemuMachine, VmmError> {
@@ -91,9 +96,34 @@ impl Qemu {
                 (start, Some((restore, pipe.write)))
             }
         };
-        let arguments = arguments::arguments(self.board, spec, &facts.arguments, numbers, start)?;
-        let forbid_holes =
-            matches!(spec.memory, MemoryBacking::Private(_)) && !facts.arguments.read_only_memory_files;
+        let mut program = facts.program.clone();
+        let mut host = facts.arguments.clone();
+        let (mut jail, mut restraint) = (None, None);
+        let arguments = if confines(&self.jail).await? {
+            program = fs::canonicalize(&program).map_err(io_error("cannot find", &facts.program))?;
+            let boots = start == Start::Boot;
+            let confined = confined::prepare(&self.jail, &program, spec, host.accelerator, boots)?;
+            // It asks for reading and writing, and is given what can only be read.
+            host.read_only_memory_files = false;
+            keep.extend(confined.keep);
+            jail = Some(confined.confinement);
+            arguments::arguments(
+                self.board,
+                &confined.spec,
+                &host,
+                numbers,
+                start,
+                &confined.handed,
+            )?
+        } else {
+            restraint = self
+                .jail
+                .restrain(&limits(self.jail.options(), spec, confined::OTHER_FILES));
+            arguments::arguments(self.board, spec, &host, numbers, start, &Handed::default())?
+        };
+        let forbid_holes = jail.is_none()
+            && matches!(spec.memory, MemoryBacking::Private(_))
+            && !host.read_only_memory_files;
         // Made by us so that they have our mode; QEMU would let everybody read what a workload prints.
         append_only(&spec.workload_log)?;
         let mut log = append_only(&spec.vmm_log)?;
@@ -115,7 +145,6 @@ impl Qemu {
             }
         };
 
-        let program = facts.program.clone();
         let spawned = tokio::task::spawn_blocking(move || {
             spawn_detached(Detached {
                 program: &program,
@@ -125,13 +154,15 @@ impl Qemu {
                 errors: None,
                 keep: &keep,
                 forbid_holes,
+                jail,
+                restraint,
             })
         })
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let pid = spawned.map_err(io_error("cannot start", &facts.program))?;
+        let spawned = spawned.map_err(io_error("cannot start", &facts.program))?;
         let failed = || VmmError::StartFailed(console.tail_since(log_start));
-        let process = match ProcessHandle::of_child(pid) {
+        let process = match ProcessHandle::of_child(spawned.pid) {
             Ok(process) => Arc::new(process),
             Err(error) => {
                 tracing::debug!(%error, "QEMU ended before it could be looked at");
@@ -141,7 +172,7 @@ impl Qemu {
         let guard = KillOnDrop::of(&process);
         let control = Control::new(spec.id.clone(), Arc::clone(&process), qmp_path);
         let identity = facts.state_identity(self.board);
-        let machine = QemuMachine::new(control, console.clone(), spec, Some(identity));
+        let machine = QemuMachine::new(control, console.clone(), spec, Some(identity), spawned.jail);
         let ready = async {
             machine.control().connect(START_DEADLINE).await?;
             match restore {
@@ -234,6 +265,7 @@ impl Vmm for Qemu {
             console,
             spec,
             identity.cloned(),
+            None,
         );
         // Connected early to hear events. A VMM that hangs is adopted all the same: it can still be killed.
         match machine.control().connect(Duration::from_secs(1)).await {

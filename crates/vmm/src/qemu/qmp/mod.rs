@@ -13,8 +13,10 @@
 //! - The peer is not trusted: a line has a limit, an answer to a question not asked is dropped.
 
 mod line;
+mod wire;
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,10 +24,12 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
+
+use self::wire::Wire;
 
 /// Commands that may wait to be written; a VMM that reads nothing fills this and no more.
 const OUTGOING_LIMIT: usize = 32;
@@ -57,6 +61,12 @@ pub(crate) type EventSink = Arc<dyn Fn(QmpEvent) + Send + Sync>;
 
 type Answer = Result<Value, String>;
 
+/// A line to be written, and a descriptor that goes with it.
+struct Outgoing {
+    bytes: Vec<u8>,
+    descriptor: Option<OwnedFd>,
+}
+
 #[derive(Default)]
 struct Pending {
     answers: HashMap<u64, oneshot::Sender<Answer>>,
@@ -66,7 +76,7 @@ struct Pending {
 
 /// One connection, past its greeting and ready for commands.
 pub(crate) struct QmpClient {
-    outgoing: mpsc::Sender<Vec<u8>>,
+    outgoing: mpsc::Sender<Outgoing>,
     pending: Arc<Mutex<Pending>>,
     next_id: AtomicU64,
     drained: watch::Receiver<()>,
@@ -99,18 +109,19 @@ impl QmpClient {
     ) -> Result<Self, QmpError> {
         let work = async {
             let stream = UnixStream::connect(path).await.map_err(QmpError::Connect)?;
-            Self::negotiate(stream, events).await
+            let (read, write) = stream.into_split();
+            Self::negotiate(read, write, events).await
         };
         tokio::time::timeout(deadline, work)
             .await
             .unwrap_or(Err(QmpError::Timeout))
     }
 
-    async fn negotiate<S>(stream: S, events: EventSink) -> Result<Self, QmpError>
+    async fn negotiate<R, W>(read: R, mut write: W, events: EventSink) -> Result<Self, QmpError>
     where
-        S: AsyncRead + AsyncWrite + Send + 'static,
+        R: AsyncRead + Unpin + Send + 'static,
+        W: Wire,
     {
-        let (read, mut write) = tokio::io::split(stream);
         let mut reader = BufReader::new(read);
         let greeting = line::read(&mut reader)
             .await
@@ -122,12 +133,12 @@ impl QmpClient {
             ));
         }
         let pending = Arc::new(Mutex::new(Pending::default()));
-        let (outgoing, mut queue) = mpsc::channel::<Vec<u8>>(OUTGOING_LIMIT);
+        let (outgoing, mut queue) = mpsc::channel::<Outgoing>(OUTGOING_LIMIT);
 
         let write_pending = Arc::clone(&pending);
         let writer = tokio::spawn(async move {
-            while let Some(bytes) = queue.recv().await {
-                if let Err(error) = write.write_all(&bytes).await {
+            while let Some(Outgoing { bytes, descriptor }) = queue.recv().await {
+                if let Err(error) = write.send(&bytes, descriptor).await {
                     close(&write_pending, error.to_string());
                     return;
                 }
@@ -155,7 +166,7 @@ impl QmpClient {
             drained,
             tasks: [writer.abort_handle(), reader.abort_handle()],
         };
-        client.ask("qmp_capabilities", Value::Null).await?;
+        client.ask("qmp_capabilities", Value::Null, None).await?;
         Ok(client)
     }
 
@@ -177,12 +188,30 @@ impl QmpClient {
         arguments: Value,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
-        tokio::time::timeout(deadline, self.ask(command, arguments))
+        tokio::time::timeout(deadline, self.ask(command, arguments, None))
             .await
             .unwrap_or(Err(QmpError::Timeout))
     }
 
-    async fn ask(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+    /// The same with a descriptor for the VMM.
+    pub(crate) async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: OwnedFd,
+        deadline: Duration,
+    ) -> Result<Value, QmpError> {
+        tokio::time::timeout(deadline, self.ask(command, arguments, Some(descriptor)))
+            .await
+            .unwrap_or(Err(QmpError::Timeout))
+    }
+
+    async fn ask(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, QmpError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut message = json!({ "execute": command, "id": id });
         if !arguments.is_null() {
@@ -204,7 +233,7 @@ impl QmpClient {
             pending: &self.pending,
             id,
         };
-        slot.send(bytes);
+        slot.send(Outgoing { bytes, descriptor });
         let answer = receiver.await;
         drop(forget);
         match answer {

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, DuplexStream};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use super::*;
 
@@ -49,13 +49,18 @@ fn pair() -> (DuplexStream, Peer) {
     )
 }
 
+async fn negotiate(ours: DuplexStream, events: EventSink) -> Result<QmpClient, QmpError> {
+    let (read, write) = tokio::io::split(ours);
+    QmpClient::negotiate(read, write, events).await
+}
+
 fn no_events() -> EventSink {
     Arc::new(|_| {})
 }
 
 async fn connected(events: EventSink) -> (QmpClient, Peer) {
     let (ours, mut peer) = pair();
-    let (client, ()) = tokio::join!(QmpClient::negotiate(ours, events), peer.greet());
+    let (client, ()) = tokio::join!(negotiate(ours, events), peer.greet());
     (client.unwrap(), peer)
 }
 
@@ -214,7 +219,7 @@ async fn the_end_of_the_peer_answers_all_who_wait() {
 async fn something_else_behind_the_socket_is_refused() {
     for greeting in ["HTTP/1.1 400 Bad Request\r\n", "{\"event\": \"STOP\"}\n", "[]\n"] {
         let (ours, mut peer) = pair();
-        let (client, ()) = tokio::join!(QmpClient::negotiate(ours, no_events()), peer.send(greeting));
+        let (client, ()) = tokio::join!(negotiate(ours, no_events()), peer.send(greeting));
         assert!(matches!(client, Err(QmpError::Closed(_))));
     }
 }

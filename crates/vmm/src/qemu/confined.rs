@@ -1,0 +1,146 @@
+//! A QEMU in the jail.
+//!
+//! ```text
+//!  disks, logs ─► opened by us ─► sets of descriptors     kernel, initramfs ─► shown, read-only
+//!  TAP         ─► opened by us                            pid file          ─► shown, its own
+//!  memory      ─► opened by us when it asks, for reading
+//! ```
+//!
+//! So it sees nothing of the data directory but the files that it boots from, and none of them changes its owner. What
+//! comes later, copies of disks and fresh logs, comes as descriptors too (see [`super::control::Lent`]).
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hypeman_jail::{Jail, JailSpec, Memory, Network, Show};
+
+use super::arguments::{Handed, PID_FILE};
+use super::tap;
+use crate::files::{append_only, io_error};
+use crate::process::{Confinement, limits};
+use crate::{Accelerator, MachineSpec, MemoryBacking, VmmError};
+
+/// Device states and the like.
+pub(super) const OTHER_FILES: u64 = 64 << 20;
+
+/// What a start needs instead of the names of files.
+pub(super) struct Confined {
+    /// The machine, with the names that things have for this QEMU.
+    pub(super) spec: MachineSpec,
+    pub(super) handed: Handed,
+    /// To be kept open for it.
+    pub(super) keep: Vec<OwnedFd>,
+    pub(super) confinement: Confinement,
+}
+
+/// Opens everything. `boots`: it reads kernel and initramfs.
+pub(super) fn prepare(
+    jail: &Arc<Jail>,
+    program: &Path,
+    machine: &MachineSpec,
+    accelerator: Accelerator,
+    boots: bool,
+) -> Result<Confined, VmmError> {
+    let mut spec = machine.clone();
+    let mut keep: Vec<OwnedFd> = Vec::new();
+    let mut handed = Handed::default();
+    let mut hand_over = |file: File, path: &mut PathBuf| {
+        handed.files.push(file.as_raw_fd());
+        *path = PathBuf::from(format!("/dev/fdset/{}", handed.files.len()));
+        keep.push(file.into());
+    };
+    for disk in &mut spec.disks {
+        let file = File::options()
+            .read(true)
+            .write(!disk.read_only)
+            .open(&disk.path)
+            .map_err(|error| {
+                // What QEMU itself would say of it.
+                VmmError::StartFailed(format!("cannot open {}: {error}", disk.path.display()))
+            })?;
+        hand_over(file, &mut disk.path);
+    }
+    hand_over(append_only(&machine.workload_log)?, &mut spec.workload_log);
+    hand_over(append_only(&machine.vmm_log)?, &mut spec.vmm_log);
+    if let Some(nic) = &machine.nic {
+        let tap = tap::open(&nic.tap).map_err(|source| VmmError::Io {
+            context: format!("cannot open the TAP {}", nic.tap),
+            source,
+        })?;
+        handed.tap = Some(tap.as_raw_fd());
+        keep.push(tap);
+    }
+    let memory = match &machine.memory {
+        MemoryBacking::Private(path) => Some(Memory {
+            file: File::open(path).map_err(io_error("cannot open", path))?,
+            path: path.clone(),
+        }),
+        MemoryBacking::Anonymous => None,
+    };
+
+    let pid_file = machine.runtime_directory.join(PID_FILE);
+    append_only(&pid_file)?;
+    let mut show = vec![Show::own(pid_file)];
+    show.extend(programs(program));
+    if boots {
+        show.extend([&machine.kernel, &machine.initramfs].map(Show::shared));
+    }
+    let devices = match accelerator {
+        Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
+        Accelerator::Tcg => Vec::new(),
+    };
+    let spec_of_jail = JailSpec {
+        show,
+        devices,
+        network: Network::Empty,
+        limits: limits(jail.options(), machine, OTHER_FILES),
+    };
+    Ok(Confined {
+        spec,
+        handed,
+        keep,
+        confinement: Confinement {
+            jail: Arc::clone(jail),
+            spec: spec_of_jail,
+            memory,
+        },
+    })
+}
+
+/// The program, and what belongs to it where it is not the system's: its libraries and its firmware.
+fn programs(program: &Path) -> Vec<Show> {
+    let mut shown = vec![Show::run(program)];
+    let prefix = program
+        .parent()
+        .filter(|directory| directory.file_name().is_some_and(|name| name == "bin"))
+        .and_then(Path::parent)
+        .filter(|prefix| prefix.components().count() > 1);
+    if let Some(prefix) = prefix {
+        let beside = ["lib", "lib64", "libexec", "share"].map(|name| prefix.join(name));
+        let there = beside
+            .into_iter()
+            .filter(|path| path.is_dir() && !path.is_symlink());
+        shown.extend(there.map(Show::run));
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_belongs_to_a_program_comes_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let prefix = directory.path();
+        for name in ["bin", "share", "etc"] {
+            std::fs::create_dir(prefix.join(name)).unwrap();
+        }
+        let program = prefix.join("bin/qemu");
+        let paths: Vec<PathBuf> = programs(&program).into_iter().map(|show| show.path).collect();
+        assert_eq!(paths, [program, prefix.join("share")]);
+        assert_eq!(programs(&prefix.join("qemu")).len(), 1);
+    }
+}
