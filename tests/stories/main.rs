@@ -22,6 +22,7 @@ mod exits;
 mod full_disk;
 mod full_disk_snapshots;
 mod images;
+mod jail;
 mod lifecycle;
 mod logs;
 mod lookup;

@@ -248,6 +248,36 @@ pub struct Instance {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub restart_status: Option<RestartStatus>,
+    /// What its hypervisor's process cannot reach, while there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub jail: Option<InstanceJail>,
+}
+
+/// How the process of an instance's hypervisor is confined.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InstanceJail {
+    /// Whether it is confined at all.
+    pub enabled: bool,
+    /// User id of the process, where it has one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, example = 200_001)]
+    pub user: Option<i64>,
+    /// What is in force.
+    #[schema(example = json!(["user", "mount-namespace", "capabilities"]))]
+    pub active: Vec<String>,
+    /// What this host refuses, and why.
+    pub missing: Vec<MissingConfinement>,
+}
+
+/// Something that does not confine the process of a hypervisor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MissingConfinement {
+    /// What it is.
+    #[schema(example = "memory")]
+    pub item: String,
+    /// Why it is missing.
+    pub reason: String,
 }
 
 /// How an instance is connected.

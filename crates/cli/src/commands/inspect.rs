@@ -50,6 +50,28 @@ fn compression(instance: &Document) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
+/// What confines the hypervisor's process: `user 200001; missing: cpu, memory (no control groups)`.
+fn jail(instance: &Document) -> Option<String> {
+    let jail = instance.get("jail")?;
+    if jail.flag("enabled") == Some(false) {
+        return Some("none".to_owned());
+    }
+    let user = jail.integer("user").map(|user| format!("user {user}"));
+    let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+    for missing in jail.get("missing").map(Document::items).unwrap_or_default() {
+        let (item, reason) = (missing.text("item")?, missing.text("reason")?);
+        match reasons.iter_mut().find(|(known, _)| *known == reason) {
+            Some((_, items)) => items.push(item),
+            None => reasons.push((reason, vec![item])),
+        }
+    }
+    let missing = reasons
+        .iter()
+        .map(|(reason, items)| format!("without {} ({reason})", items.join(", ")));
+    let parts: Vec<String> = user.into_iter().chain(missing).collect();
+    Some(parts.join("; "))
+}
+
 /// Everything about an instance, one fact a line.
 pub(crate) fn describe(instance: &Document, now: Timestamp) -> String {
     let mut table = Table::bare(2);
@@ -94,6 +116,7 @@ pub(crate) fn describe(instance: &Document, now: Timestamp) -> String {
             .filter(|has| *has)
             .map(|_| "yes".to_owned()),
     );
+    fact("Jail", jail(instance));
     fact("Compression", compression(instance));
     fact("Health", text("health_status.status"));
     fact("Restarts", text("restart_policy.policy"));
@@ -150,6 +173,18 @@ fn length(milliseconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_jail_is_told_in_a_line() {
+        let told = |json: &str| jail(&Document::parse(json.as_bytes()).unwrap());
+        assert_eq!(told("{}"), None);
+        let off = r#"{"jail":{"enabled":false,"active":[],"missing":[]}}"#;
+        assert_eq!(told(off).as_deref(), Some("none"));
+        let partly = r#"{"jail":{"enabled":true,"user":200001,"active":["user"],"missing":[
+            {"item":"cpu","reason":"version 1"},{"item":"memory","reason":"version 1"}]}}"#;
+        let text = "user 200001; without cpu, memory (version 1)";
+        assert_eq!(told(partly).as_deref(), Some(text));
+    }
 
     #[test]
     fn facts_that_are_absent_take_no_line() {

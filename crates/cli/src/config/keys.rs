@@ -116,6 +116,31 @@ pub const KEYS: &[Key] = &[
         "false",
         "take KVM for good without trying it: for hosts whose KVM runs only kernels made for it",
     ),
+    key(
+        "hypervisor.jail",
+        "auto",
+        "auto (VMMs are confined as far as the host allows), off or required",
+    ),
+    key(
+        "hypervisor.jail_ids",
+        "200000-265535",
+        "user ids of confined VMMs, one each; the first is their group",
+    ),
+    key(
+        "hypervisor.jail_memory_overhead",
+        "2GB",
+        "memory of a confined VMM beyond its guest's",
+    ),
+    key(
+        "hypervisor.jail_processes",
+        "1024",
+        "processes and threads of a confined VMM",
+    ),
+    key(
+        "hypervisor.jail_descriptors",
+        "4096",
+        "open descriptors of a confined VMM",
+    ),
     key("kernel.path", "", "guest kernel; found when absent"),
     key("kernel.modules", "", "directory with that kernel's modules"),
     key("images.compress", "false", "root disks are compressed with lz4"),

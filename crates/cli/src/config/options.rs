@@ -8,7 +8,7 @@ use hypeman_core::snapshot::{Algorithm, CompressionChoice};
 use hypeman_engine::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
 use hypeman_kernel::KernelOptions;
 use hypeman_network::NetworkOptions;
-use hypeman_vmm::{Accelerator, VmmKind, VmmOptions};
+use hypeman_vmm::{Accelerator, JailOptions, VmmKind, VmmOptions};
 
 use super::{Values, data_directory};
 use crate::error::CliError;
@@ -121,7 +121,25 @@ pub(crate) fn vmm(
         accelerator,
         search_path: Vec::new(),
         cache_directory,
+        jail: jail(values)?,
     })
+}
+
+/// How VMMs are confined.
+fn jail(values: &Values) -> Result<JailOptions, CliError> {
+    let whole = "write a whole number";
+    let mut options = JailOptions {
+        mode: values.parsed("hypervisor.jail", "choose auto, off or required")?,
+        memory_overhead: values.size("hypervisor.jail_memory_overhead")?,
+        processes: values.parsed("hypervisor.jail_processes", whole)?,
+        descriptors: values.parsed("hypervisor.jail_descriptors", whole)?,
+        ..JailOptions::default()
+    };
+    let ids = values.text("hypervisor.jail_ids").unwrap_or_default();
+    options
+        .set_ids(&ids)
+        .map_err(|failure| CliError::usage(format!("hypervisor.jail_ids: {failure}")))?;
+    Ok(options)
 }
 
 /// Where the guest kernel comes from.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use hypeman_kernel::{KernelError, KernelOptions, Kernels};
 use hypeman_network::{Availability, Network};
-use hypeman_vmm::{Accelerator, Capabilities, VmmKind, Vmms};
+use hypeman_vmm::{Accelerator, Capabilities, Jail, JailMode, JailOptions, VmmKind, Vmms};
 use rustix::process::{Resource, getrlimit};
 
 use super::Check;
@@ -179,6 +179,53 @@ pub(super) fn privileges() -> Check {
             format!("user {} without CAP_NET_ADMIN", user.as_raw()),
             "networking wants root, or AmbientCapabilities=CAP_NET_ADMIN in the server's unit",
         ),
+    }
+}
+
+/// Builds a jail and executes nothing in it.
+pub(super) async fn jail(values: &Values) -> Check {
+    let options = match options::vmm(values, None) {
+        Ok(options) => options.jail,
+        Err(failure) => return misconfigured("jail", &failure),
+    };
+    if options.mode == JailMode::Off {
+        let fix = "remove hypervisor.jail from the configuration";
+        return Check::warn(
+            "jail",
+            "hypervisor.jail is off: VMMs run as the server's user",
+            fix,
+        );
+    }
+    let required = options.mode == JailMode::Required;
+    let work = move || {
+        let state = tempfile::tempdir()?;
+        let options = JailOptions {
+            state: state.path().to_owned(),
+            ..options
+        };
+        Ok::<_, std::io::Error>(Jail::new(options).report())
+    };
+    let tried = tokio::task::spawn_blocking(work).await;
+    let report = match tried.map_err(std::io::Error::from).flatten() {
+        Ok(report) => report,
+        Err(failure) => return Check::fail("jail", failure.to_string(), "look at the server's log"),
+    };
+    let active: Vec<&str> = report.active.iter().map(|item| item.name()).collect();
+    if report.is_complete() {
+        return Check::ok("jail", active.join(", "));
+    }
+    let found = match active.is_empty() {
+        true => format!("VMMs are not confined ({})", report.missing_text()),
+        false => format!("{}; not {}", active.join(", "), report.missing_text()),
+    };
+    let fix = "run the server as root on Linux 5.14 or newer, with control groups of version 2";
+    match required {
+        true => Check::fail(
+            "jail",
+            format!("{found}; hypervisor.jail requires all of it"),
+            fix,
+        ),
+        false => Check::warn("jail", found, fix),
     }
 }
 

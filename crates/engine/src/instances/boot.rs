@@ -107,6 +107,7 @@ impl Driver {
             base: None,
             former_key: None,
             identity: machine.state_identity().cloned(),
+            jail: machine.jail().cloned(),
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_core::instance::{Exit, InstanceState, PhaseClock};
-use hypeman_vmm::{ProcessIdentity, StateIdentity, VmmKind};
+use hypeman_vmm::{JailReport, ProcessIdentity, StateIdentity, VmmKind};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -215,6 +215,9 @@ pub struct RunRecord {
     /// What a device state of this machine needs to be loaded again.
     #[serde(default)]
     pub identity: Option<StateIdentity>,
+    /// What confines the process.
+    #[serde(default)]
+    pub jail: Option<JailReport>,
 }
 
 /// An instance as published by its driver: immutable, shared, cheap to read.

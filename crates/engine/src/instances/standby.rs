@@ -288,6 +288,7 @@ impl Driver {
             base: Some(standby.memory.image.clone()),
             former_key: standby.foreign.then_some(former),
             identity: machine.state_identity().cloned(),
+            jail: machine.jail().cloned(),
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;

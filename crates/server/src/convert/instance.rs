@@ -6,7 +6,7 @@ use hypeman_api::instance as api;
 use hypeman_core::instance::InstanceState;
 use hypeman_core::{bandwidth, rate, size};
 use hypeman_engine::{Instance, InstanceStats, WaitOutcome};
-use hypeman_vmm::VmmKind;
+use hypeman_vmm::{JailReport, VmmKind};
 use jiff::Timestamp;
 
 /// A state on the wire.
@@ -110,6 +110,31 @@ pub fn to_api(instance: &Instance, now: Timestamp) -> api::Instance {
         health_status: None,
         restart_policy: None,
         restart_status: None,
+        jail: record.run.as_ref().map(|run| jail(run.jail.as_ref())),
+    }
+}
+
+fn jail(report: Option<&JailReport>) -> api::InstanceJail {
+    let Some(report) = report else {
+        return api::InstanceJail {
+            enabled: false,
+            user: None,
+            active: Vec::new(),
+            missing: Vec::new(),
+        };
+    };
+    let missing = report
+        .missing
+        .iter()
+        .map(|(item, reason)| api::MissingConfinement {
+            item: item.name().to_owned(),
+            reason: reason.clone(),
+        });
+    api::InstanceJail {
+        enabled: !report.active.is_empty(),
+        user: report.user.map(i64::from),
+        active: report.active.iter().map(|item| item.name().to_owned()).collect(),
+        missing: missing.collect(),
     }
 }
 

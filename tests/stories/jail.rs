@@ -1,0 +1,176 @@
+//! VMMs are confined: each by itself, told truthfully, and nothing that works without a jail fails in it.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+
+use hypeman_tests::{Guest, Server, ServerOptions, have, hypervisors, is_root, skip_unless};
+use serde_json::{Value, json};
+
+fn server_with(settings: Vec<(&'static str, Value)>) -> ServerOptions {
+    ServerOptions {
+        settings,
+        ..ServerOptions::default()
+    }
+}
+
+fn items(jail: &Value, list: &str) -> BTreeSet<String> {
+    let items = jail[list].as_array().unwrap().iter();
+    let names = items.map(|item| item["item"].as_str().or(item.as_str()).unwrap().to_owned());
+    names.collect()
+}
+
+/// What the kernel says of a process, by the names of its lines.
+fn status(pid: u32, name: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("{name}:")));
+    line.unwrap_or_else(|| panic!("{name}")).trim().to_owned()
+}
+
+/// Compares what the API tells of one VMM with what the kernel does.
+fn holds(pid: u32, jail: &Value) {
+    let active = items(jail, "active");
+    let user = jail["user"].as_i64().unwrap();
+    assert_eq!(
+        i64::from(std::fs::metadata(format!("/proc/{pid}")).unwrap().uid()),
+        user
+    );
+    for (item, name) in [
+        ("mount-namespace", "mnt"),
+        ("user-namespace", "user"),
+        ("pid-namespace", "pid"),
+        ("network-namespace", "net"),
+        ("ipc-namespace", "ipc"),
+        ("uts-namespace", "uts"),
+    ] {
+        let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/{name}")).unwrap();
+        assert_eq!(
+            active.contains(item),
+            of(&pid.to_string()) != of("self"),
+            "{item}"
+        );
+    }
+    for name in ["CapEff", "CapPrm", "CapBnd"] {
+        assert_eq!(status(pid, name), "0000000000000000", "{name}");
+    }
+    assert_eq!(status(pid, "NoNewPrivs"), "1");
+    assert_eq!(status(pid, "Seccomp"), "2");
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        line[name.len()..].split_whitespace().next().unwrap().to_owned()
+    };
+    assert_eq!(limit("Max core file size"), "0");
+    assert_eq!(limit("Max open files"), "4096");
+    assert_ne!(limit("Max file size"), "unlimited");
+    assert_ne!(limit("Max processes"), "unlimited");
+}
+
+async fn vmm_of(server: &Server, guest: &Guest) -> (u32, Value) {
+    let instance = guest.inspect().await;
+    let id = instance["id"].as_str().unwrap().to_owned();
+    let vmms = server.vmms();
+    let vmm = vmms.iter().find(|vmm| vmm.command_line.contains(&id)).unwrap();
+    (vmm.pid, instance["jail"].clone())
+}
+
+#[tokio::test]
+async fn every_vmm_is_confined_and_inspect_tells_how() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    skip_unless!(is_root(), "needs root");
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let mut users = BTreeSet::new();
+    let mut guests = Vec::new();
+    for hypervisor in hypervisors() {
+        let guest = server
+            .run(&image, json!({"hypervisor": hypervisor, "name": hypervisor}))
+            .await;
+        let (pid, jail) = vmm_of(&server, &guest).await;
+        assert_eq!(jail["enabled"], true, "{jail}");
+        holds(pid, &jail);
+        assert!(users.insert(jail["user"].as_i64().unwrap()), "{jail}");
+        // Nothing of the data directory is in sight but what it boots from, and what is there cannot be written to.
+        let seen = format!("/proc/{pid}/root{}", server.data_directory().display());
+        let mut names: Vec<_> = std::fs::read_dir(&seen)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert!(
+            names
+                .iter()
+                .all(|name| ["run", "system"].contains(&name.as_str())),
+            "{names:?}"
+        );
+        assert!(!std::path::Path::new(&format!("/proc/{pid}/root/etc/shadow")).exists());
+        guests.push((guest, pid, jail));
+    }
+    for (item, reason) in guests
+        .iter()
+        .flat_map(|(_, _, jail)| jail["missing"].as_array().unwrap())
+        .map(|missing| (missing["item"].to_string(), missing["reason"].to_string()))
+        .collect::<BTreeSet<_>>()
+    {
+        eprintln!("SKIPPED: the jail of this host lacks {item}: {reason}");
+    }
+
+    // A server that starts again still knows, and its VMMs are the same.
+    server.kill();
+    server.start_again().await;
+    for (guest, pid, jail) in &guests {
+        guest.wait_for("Running").await;
+        let again = vmm_of(&server, guest).await;
+        assert_eq!((again.0, &again.1), (*pid, jail));
+        assert_eq!(guest.output("echo fine").await, "fine");
+    }
+
+    // So does one that is restored.
+    let (first, ..) = &guests[0];
+    let id = first.inspect().await["id"].as_str().unwrap().to_owned();
+    let of = |command: &str| format!("/instances/{id}/{command}");
+    server.client().post_empty(&of("standby")).await.expect(200);
+    assert_eq!(first.inspect().await["jail"], Value::Null);
+    server.client().post_empty(&of("restore")).await.expect(200);
+    let (pid, jail) = vmm_of(&server, first).await;
+    holds(pid, &jail);
+    assert_eq!(first.output("echo back").await, "back");
+
+    let shown = server.command_line().run(&["inspect", &id]).await.ok();
+    let line = shown.lines().find(|line| line.starts_with("Jail")).unwrap();
+    assert!(line.contains(&format!("user {}", jail["user"])), "{line}");
+    let doctor = server.command_line().run(&["doctor"]).await;
+    let line = doctor
+        .stdout
+        .lines()
+        .find(|line| line.contains("  jail "))
+        .unwrap();
+    assert!(line.contains("mount-namespace"), "{line}");
+}
+
+#[tokio::test]
+async fn a_jail_can_be_off_and_what_is_required_is_complete_or_refused() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let off = Server::start_with(server_with(vec![("hypervisor.jail", json!("off"))])).await;
+    let image = off.busybox().await;
+    let guest = off.run(&image, json!({})).await;
+    let (pid, jail) = vmm_of(&off, &guest).await;
+    assert_eq!(jail["enabled"], false, "{jail}");
+    let own = std::fs::read_link("/proc/self/ns/mnt").unwrap();
+    assert_eq!(std::fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap(), own);
+    assert_eq!(guest.output("echo fine").await, "fine");
+
+    let settings = vec![("hypervisor.jail", json!("required"))];
+    let required = Server::start_with(server_with(settings)).await;
+    let image = required.busybox().await;
+    let body = json!({"name": "strict", "image": image, "size": "128MB", "network": {"enabled": false}});
+    let created = required.client().post("/instances", &body).await;
+    if created.status == 201 {
+        assert_eq!(created.json()["jail"]["missing"], json!([]), "{}", created.json());
+    } else {
+        let text = created.json().to_string();
+        assert!(text.contains("hypervisor.jail is required"), "{text}");
+        assert_eq!(required.vmms(), vec![]);
+    }
+}
