@@ -22,6 +22,7 @@ pub(crate) const RAW: &str = "memory.raw";
 pub(crate) const FRAMES: &str = "frames.dat";
 pub(crate) const FRAME_TABLE: &str = "frames.index";
 pub(crate) const MEMO: &str = "verified";
+pub(crate) const WORKING_SET: &str = "touched";
 pub(crate) const TEMPORARY: &str = ".tmp-";
 
 /// The directory of an image.

@@ -12,13 +12,14 @@
 //!             /frames.index framed form: where the frame of each chunk lies, here or in another image
 //!             /frames.dat   compressed frames, in no order
 //!             /verified     which raw file was verified since the host booted; a hint, never needed
+//!             /touched      which pages guests touch first; a hint, never needed
 //!  <root>/.tmp-*            work in progress; whatever a crash left is removed by `MemoryStore::open`
 //! ```
 //!
 //! Invariants:
-//! * A file that has its final name is complete, was synced, and never changes. Two exceptions give space back and
-//!   keep what is needed: `memory.raw` goes once frames exist, and frames that nobody needs are cut out of an image
-//!   that is otherwise deleted.
+//! * A file that has its final name is complete, was synced, and never changes, but for the hints. Two exceptions give
+//!   space back and keep what is needed: `memory.raw` goes once frames exist, and frames that nobody needs are cut out
+//!   of an image that is otherwise deleted.
 //! * A directory with `index` is an image. One without holds only frames that other images need.
 //! * No byte leaves this crate that was not compared with its BLAKE3, in this call or since the host booted.
 //! * An image is kept while it or a descendant is live or held; its frames, while a kept image uses them.
@@ -46,12 +47,14 @@ mod materialize;
 mod memo;
 mod parallel;
 mod patch;
+mod pieces;
 mod reader;
 mod sealed;
 mod store;
 mod sweep;
 mod usage;
 mod verify;
+mod working_set;
 
 pub use blake3::Hash as Digest;
 pub use capture::{Captured, Elsewhere, MemorySource};
@@ -68,7 +71,9 @@ pub use manifest::{
 };
 pub use materialize::{Base, Materialized};
 pub use patch::Patch;
+pub use pieces::{MemoryReader, Piece, PieceBuffers};
 pub use store::{Forms, Hold, MemoryStore, Options};
 pub use sweep::{Sweep, Swept};
 pub use usage::Usage;
 pub use verify::Verified;
+pub use working_set::WorkingSet;

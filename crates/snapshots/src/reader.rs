@@ -206,6 +206,16 @@ impl Layer {
         }
     }
 
+    /// Bytes that the non-zero pages of an entry take in a file.
+    fn stored(&self, number: usize) -> u64 {
+        match &self.content {
+            Content::Raw { .. } => bytes_of(self.index.entries[number].nonzero) as u64,
+            Content::Framed { table, numbers, .. } => {
+                u64::from(table.frames[numbers[number] as usize].stored)
+            }
+        }
+    }
+
     /// Puts the wanted non-zero pages of an entry to their places in a chunk. Others are left alone.
     pub(crate) fn fill(
         &self,
@@ -325,4 +335,19 @@ pub(crate) fn fill(
         }
     }
     Ok(nonzero)
+}
+
+/// Bytes that [`fill`] reads from files for the same pages, where nothing is trusted.
+pub(crate) fn cost(layers: &[Layer], chunk: u32, wanted: u64) -> u64 {
+    let (mut left, mut bytes) = (wanted, 0);
+    for layer in layers {
+        let Some((number, entry)) = layer.index.find(chunk) else {
+            continue;
+        };
+        if left & entry.nonzero != 0 {
+            bytes += layer.stored(number);
+        }
+        left &= !entry.owned;
+    }
+    bytes
 }

@@ -30,7 +30,8 @@ impl Default for Options {
     }
 }
 
-/// All memory images below one directory. Clones are the same store. Only one process may use a directory.
+/// All memory images below one directory. Clones are the same store. Only one process may use a directory; others
+/// read what it holds for them by [`MemoryReader`](crate::MemoryReader).
 #[derive(Clone)]
 pub struct MemoryStore {
     pub(crate) shared: Arc<Shared>,
@@ -223,6 +224,15 @@ impl MemoryStore {
 }
 
 impl Shared {
+    /// The view of a process beside the one that owns the directory: for reading.
+    pub(crate) fn beside(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            options: Options::default(),
+            users: Mutex::default(),
+        }
+    }
+
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }

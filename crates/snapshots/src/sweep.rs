@@ -20,7 +20,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 
 use crate::error::at;
 use crate::frames::FrameTable;
-use crate::layout::{FRAME_TABLE, FRAMES, INDEX, MEMO, RAW, TEMPORARY, directory};
+use crate::layout::{FRAME_TABLE, FRAMES, INDEX, MEMO, RAW, TEMPORARY, WORKING_SET, directory};
 use crate::store::{Needs, Shared};
 use crate::{MemoryId, MemoryStore, Result, files};
 
@@ -219,8 +219,11 @@ impl Drop for Condemned<'_> {
 fn reduce(shared: &Shared, id: MemoryId, used: &HashSet<u64>) -> Result<()> {
     let home = directory(shared.root(), id);
     // Without its index it is no image any more, whatever happens next.
-    if files::remove(&home.join(INDEX))? | files::remove(&home.join(RAW))? | files::remove(&home.join(MEMO))?
-    {
+    let mut removed = false;
+    for name in [INDEX, RAW, MEMO, WORKING_SET] {
+        removed |= files::remove(&home.join(name))?;
+    }
+    if removed {
         files::sync_directory(&home)?;
     }
     shared.step("memory.sweep.reduced");
