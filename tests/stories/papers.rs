@@ -6,7 +6,7 @@ use std::path::Path;
 use hypeman_tests::{Server, repository};
 
 /// What each crate may use of the workspace, as ARCHITECTURE.md says.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     ("core", &[]),
     ("api", &["core"]),
     ("store", &["core"]),
@@ -14,6 +14,7 @@ const MAY_USE: [(&str, &[&str]); 15] = [
     ("images", &["core", "erofs"]),
     ("snapshots", &[]),
     ("jail", &[]),
+    ("pager", &["snapshots"]),
     ("vmm", &["core", "guest-api", "jail"]),
     ("network", &["core"]),
     ("kernel", &["core"]),
@@ -26,6 +27,7 @@ const MAY_USE: [(&str, &[&str]); 15] = [
             "store",
             "images",
             "snapshots",
+            "pager",
             "vmm",
             "network",
             "kernel",
@@ -39,7 +41,7 @@ const MAY_USE: [(&str, &[&str]); 15] = [
     (
         "cli",
         &[
-            "core", "api", "server", "engine", "images", "kernel", "network", "vmm",
+            "core", "api", "server", "engine", "images", "kernel", "network", "pager", "vmm",
         ],
     ),
 ];

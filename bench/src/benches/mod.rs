@@ -7,6 +7,7 @@ mod convert;
 mod exec;
 mod list;
 mod memory;
+mod pager;
 mod restore;
 mod seed;
 mod snapshots;
@@ -23,7 +24,7 @@ use crate::report::Section;
 type Run = fn(&Context, &mut Section) -> Result<()>;
 
 /// All benches: name, what is measured against what, and the code.
-pub const ALL: [(&str, &str, Run); 11] = [
+pub const ALL: [(&str, &str, Run); 12] = [
     (
         "boot",
         "create to Running, against bare QEMU booting the same kernel to an init that exits",
@@ -73,6 +74,11 @@ pub const ALL: [(&str, &str, Run); 11] = [
         "virsh",
         "save, restore and snapshot of a running guest, against libvirt with the same QEMU and guest",
         virsh::run,
+    ),
+    (
+        "pager",
+        "page faults served from stored memory, against copying the same pages",
+        pager::run,
     ),
     ("memory", "resident memory of the server", memory::run),
 ];

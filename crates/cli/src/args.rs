@@ -32,8 +32,8 @@ Examples:
 
 /// Runs OCI images as virtual machines.
 ///
-/// `hypeman serve` is the server; every other command is a client of it, except `token`, `doctor`, `completion`
-/// and `version`, which work alone.
+/// `hypeman serve` is the server; every other command is a client of it, except `token`, `doctor`, `pager`,
+/// `completion` and `version`, which work alone.
 #[derive(Debug, Parser)]
 #[command(name = "hypeman", version, about, long_about, after_long_help = EXIT_CODES, max_term_width = 110)]
 #[command(propagate_version = false, disable_help_subcommand = false)]
@@ -148,6 +148,8 @@ pub enum Command {
     Token(commands::token::TokenCommand),
     /// Check this machine and say how to fix what is missing
     Doctor(commands::doctor::DoctorArgs),
+    /// Serve page faults of machines (the server starts this when it needs it)
+    Pager(commands::pager::PagerArgs),
     /// Print a completion script for a shell
     Completion(commands::completion::CompletionArgs),
     /// Print the version

@@ -51,8 +51,8 @@ pub use client::{Condition, PagerClient, drain};
 pub use error::PagerError;
 pub use host::{Pager, PagerEvent, PagerOptions, Served};
 pub use protocol::{
-    Event, Health, Hello, MAX_OVERLAY_PAGES, MachineReport, MachineState, OverlayPage, PROTOCOL, Refused,
-    RefusedCode, Registration, Stats,
+    Event, Health, Hello, MAX_OVERLAY_PAGES, MachineReport, MachineState, MemoryRegion, OverlayPage,
+    PROTOCOL, Refused, RefusedCode, Registration, Stats,
 };
 pub use recorder::Recording;
 pub use service::{ServiceOptions, serve};

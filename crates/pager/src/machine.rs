@@ -244,6 +244,11 @@ impl Machine {
             fetched_pages: self.fetched_pages.load(Ordering::Relaxed),
             recording: self.recording.load(Ordering::SeqCst),
             working_set_chunks: self.working_set_chunks.load(Ordering::Relaxed),
+            regions: self
+                .link
+                .get()
+                .map(|link| link.regions.all().collect())
+                .unwrap_or_default(),
         }
     }
 

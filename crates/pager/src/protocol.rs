@@ -217,6 +217,20 @@ pub struct MachineReport {
     pub recording: bool,
     /// Chunks of the working set that is fetched ahead.
     pub working_set_chunks: u64,
+    /// Where its memory lies in its VMM, once that has said so.
+    #[serde(default)]
+    pub regions: Vec<MemoryRegion>,
+}
+
+/// A part of guest RAM that lies in one piece in the VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRegion {
+    /// Where in the VMM.
+    pub address: u64,
+    /// Where in guest RAM.
+    pub offset: u64,
+    /// How much.
+    pub length: u64,
 }
 
 /// Numbers of a pager.

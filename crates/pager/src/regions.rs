@@ -12,6 +12,8 @@ use std::ops::Range;
 use hypeman_snapshots::PAGE_BYTES;
 use serde::Deserialize;
 
+use crate::protocol::MemoryRegion;
+
 /// Bytes of the first message of a VMM, at most.
 pub(crate) const MAX_MESSAGE: usize = 64 * 1024;
 /// Firecracker has at most a few, one for each side of a hole and for each block of hot-plugged memory.
@@ -64,14 +66,6 @@ struct Region {
 /// The checked regions of one machine, by address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Regions(Vec<Region>);
-
-/// A part of guest RAM that lies in one piece in the VMM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Span {
-    pub(crate) address: u64,
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
-}
 
 impl Regions {
     /// Checks what a VMM says against the size of its image.
@@ -138,11 +132,11 @@ impl Regions {
     }
 
     /// Where a range of guest RAM lies in the VMM: nothing for what the VMM did not name.
-    pub(crate) fn spans(&self, offsets: Range<u64>) -> impl Iterator<Item = Span> {
+    pub(crate) fn spans(&self, offsets: Range<u64>) -> impl Iterator<Item = MemoryRegion> {
         self.0.iter().filter_map(move |region| {
             let start = offsets.start.max(region.offset);
             let end = offsets.end.min(region.offset + region.length);
-            (start < end).then(|| Span {
+            (start < end).then(|| MemoryRegion {
                 address: region.address + (start - region.offset),
                 offset: start,
                 length: end - start,
@@ -151,7 +145,7 @@ impl Regions {
     }
 
     /// All of it.
-    pub(crate) fn all(&self) -> impl Iterator<Item = Span> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = MemoryRegion> {
         self.spans(0..u64::MAX)
     }
 }
@@ -225,7 +219,7 @@ mod tests {
                 if let Some(offset) = regions.offset(address * PAGE) {
                     prop_assert!(offset < 100 * PAGE);
                     let span = regions.spans(offset..offset + PAGE).next().unwrap();
-                    prop_assert_eq!(span, Span { address: address * PAGE, offset, length: PAGE });
+                    prop_assert_eq!(span, MemoryRegion { address: address * PAGE, offset, length: PAGE });
                 }
                 let wanted = range.0 * PAGE..(range.0 + range.1) * PAGE;
                 for span in regions.spans(wanted.clone()) {

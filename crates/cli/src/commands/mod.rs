@@ -8,6 +8,7 @@ pub mod image;
 pub mod inspect;
 pub mod lifecycle;
 pub mod logs;
+pub mod pager;
 pub mod ps;
 pub mod push;
 pub mod run;
@@ -48,6 +49,7 @@ pub fn dispatch(cli: Cli) -> Result<u8, CliError> {
         Command::Completion(arguments) => done(completion::run(&arguments)),
         Command::Token(command) => done(token::run(&command, &global)),
         Command::Doctor(arguments) => doctor::run(&arguments, &global),
+        Command::Pager(arguments) => done(pager::run(&arguments)),
         Command::Serve(arguments) => done(serve::run(&arguments, &global)),
         // These talk to a server.
         Command::Run(arguments) => online(global, async |context| run::run(context, *arguments).await),
