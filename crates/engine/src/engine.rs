@@ -52,6 +52,9 @@ impl Engine {
     }
 
     fn start_housekeeping(&self) {
+        self.shared
+            .tasks
+            .spawn(crate::paging::watch(Arc::clone(&self.shared)));
         let shared = Arc::clone(&self.shared);
         self.shared.tasks.spawn(async move {
             // The first instance should not wait for this; what fails here is told to whoever creates one.

@@ -26,6 +26,7 @@ mod images;
 mod instances;
 mod layout;
 mod options;
+mod paging;
 mod random;
 mod resources;
 mod shared;
@@ -42,6 +43,7 @@ pub use instances::{
     WaitOutcome,
 };
 pub use options::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
+pub use paging::{PagingMode, PagingOptions};
 pub use resources::{DiskUse, ResourceReport, Usage};
 pub use snapshots::{
     Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot,

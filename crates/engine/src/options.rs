@@ -9,6 +9,8 @@ use hypeman_kernel::KernelOptions;
 use hypeman_network::NetworkOptions;
 use hypeman_vmm::{VmmKind, VmmOptions};
 
+use crate::PagingOptions;
+
 /// Everything configurable. The server fills it from its configuration.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -32,6 +34,8 @@ pub struct EngineOptions {
     pub logs: LogOptions,
     /// How snapshots are kept.
     pub snapshots: SnapshotOptions,
+    /// How the memory of restored machines is served.
+    pub paging: PagingOptions,
 }
 
 /// Bounds, with the contract's defaults.

@@ -17,6 +17,7 @@ use crate::events::Events;
 use crate::images::Catalog;
 use crate::instances::{InstanceRecord, LogWatcher, Table};
 use crate::layout::{Layout, make_private};
+use crate::paging::Paging;
 use crate::snapshots::CompressionChoice;
 use crate::snapshots::leases::Leases;
 use crate::snapshots::table::SnapshotTable;
@@ -38,6 +39,7 @@ pub(crate) struct Shared {
     pub(crate) images: Arc<Catalog>,
     pub(crate) vmms: Vmms,
     pub(crate) vault: Vault,
+    pub(crate) paging: Paging,
     pub(crate) leases: Leases,
     pub(crate) events: Events,
     pub(crate) tasks: TaskTracker,
@@ -78,6 +80,7 @@ impl Shared {
         let kernels = Kernels::open(&layout.system(), options.kernel.clone())?;
         let vmms = Vmms::detect(options.vmm.clone());
         let vault = Vault::open(layout.memory(), closing.clone())?;
+        let paging = Paging::open(&options.paging, &layout);
         let leases = Leases::new(layout.clone());
         Ok(Arc::new(Self {
             options,
@@ -89,6 +92,7 @@ impl Shared {
             images,
             vmms,
             vault,
+            paging,
             leases,
             events: Events::new(closing.clone())?,
             tasks,

@@ -319,6 +319,7 @@ impl Pager {
             .open(&options.log)?;
         let mut command = tokio::process::Command::new(&options.program);
         command
+            .arg0("hypeman")
             .arg("pager")
             .arg("--socket")
             .arg(&socket)

@@ -100,6 +100,17 @@ impl MemoryStore {
         }
     }
 
+    /// Whether [`Self::materialize`] would map a file; otherwise it expands all of the image first.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`](crate::Error::NotFound), and those of damaged files.
+    pub fn can_be_mapped(&self, id: MemoryId) -> Result<bool> {
+        let _hold = self.hold(id)?;
+        let chain = Chain::open(&self.shared, id)?;
+        let last = chain.layers.last().map(|layer| &layer.content);
+        Ok(matches!(last, Some(Content::Raw { .. })))
+    }
+
     /// Keeps the name of a raw file, if it still has it.
     fn mapping(&self, id: MemoryId, path: &Path) -> Option<Mapping> {
         let mut users = self.shared.users();

@@ -54,6 +54,8 @@ pub enum MemoryBacking {
     /// This file, at least as long as the memory, mapped copy-on-write: what the guest writes is seen by nobody
     /// else, and the file is never written.
     Private(PathBuf),
+    /// At a restore, whoever listens at this socket: it fills each page when the guest asks for it. Firecracker only.
+    Served(PathBuf),
 }
 
 /// A raw block device.

@@ -107,6 +107,21 @@ pub const KEYS: &[Key] = &[
         "Firecracker; found in $PATH or data_dir/system/vmm/firecracker/VERSION when absent",
     ),
     key(
+        "hypervisor.firecracker.pager",
+        "auto",
+        "restored memory of Firecracker is served page by page: auto (where it is compressed), off or always",
+    ),
+    key(
+        "hypervisor.firecracker.pager_cache",
+        "4GB",
+        "memory images that the pager keeps in RAM",
+    ),
+    key(
+        "hypervisor.firecracker.graduate_after",
+        "10m",
+        "how long a machine is served before all of its memory is filled; 0: until it ends",
+    ),
+    key(
         "hypervisor.acceleration",
         "auto",
         "what runs the guests of QEMU: auto (KVM when it truly works), kvm or tcg",

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use hypeman_api::instance::Hypervisor;
 use hypeman_core::snapshot::{Algorithm, CompressionChoice};
-use hypeman_engine::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
+use hypeman_engine::{
+    EngineOptions, ImageOptions, Limits, LogOptions, PagingMode, PagingOptions, SnapshotOptions,
+};
 use hypeman_kernel::KernelOptions;
 use hypeman_network::NetworkOptions;
 use hypeman_vmm::{Accelerator, JailOptions, VmmKind, VmmOptions};
@@ -66,7 +68,35 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
         snapshots: SnapshotOptions {
             compression_default: compression_default(values)?,
         },
+        paging: paging(values)?,
         data_directory,
+    })
+}
+
+/// How restored memory is served.
+fn paging(values: &Values) -> Result<PagingOptions, CliError> {
+    let mode = match values.text("hypervisor.firecracker.pager").as_deref() {
+        None | Some("auto") => PagingMode::Auto,
+        Some("off") => PagingMode::Off,
+        Some("always") => PagingMode::Always,
+        Some(other) => {
+            return Err(CliError::usage(format!(
+                "hypervisor.firecracker.pager cannot be {other:?}: choose auto, off or always"
+            )));
+        }
+    };
+    let after = values
+        .text("hypervisor.firecracker.graduate_after")
+        .unwrap_or_default();
+    let after = hypeman_core::duration::parse_non_negative(&after)
+        .map_err(|failure| CliError::usage(format!("hypervisor.firecracker.graduate_after: {failure}")))?;
+    Ok(PagingOptions {
+        mode,
+        // An upgrade may have replaced the file since this process began; this name leads to the one that runs.
+        program: Some("/proc/self/exe".into()),
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+        cache_bytes: values.size("hypervisor.firecracker.pager_cache")?,
+        graduate_after: (!after.is_zero()).then_some(after),
     })
 }
 

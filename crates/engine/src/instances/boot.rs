@@ -108,6 +108,7 @@ impl Driver {
             former_key: None,
             identity: machine.state_identity().cloned(),
             jail: machine.jail().cloned(),
+            served: None,
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;

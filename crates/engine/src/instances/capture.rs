@@ -119,7 +119,7 @@ impl Driver {
         let held = self.hold_still().await;
         faults::point("capture.held");
         let still = match prepared {
-            Ok(prepared) => take(&machine, prepared, &overlay, &target).await,
+            Ok(prepared) => self.take(&machine, prepared, &overlay, &target).await,
             Err(error) => Err(error),
         };
         let resumed = machine.resume().await;
@@ -333,51 +333,56 @@ impl Driver {
     }
 }
 
-/// Stops the guest and takes what must belong to one instant. The caller lets it go on, whatever comes of it.
-async fn take(
-    machine: &Arc<dyn Machine>,
-    prepared: Prepared,
-    overlay: &Path,
-    target: &Path,
-) -> Result<Still, EngineError> {
-    let Prepared {
-        memory,
-        room,
-        mut disk,
-    } = prepared;
-    machine.pause().await?;
-    faults::point("capture.paused");
-    let rests = machine.memory_rests_while_saving();
-    let saved = tokio::sync::Notify::new();
-    let devices = async {
-        let devices = machine.save_devices().await;
-        saved.notify_one();
-        devices
-    };
-    let copied = async {
-        if !rests {
-            saved.notified().await;
-        }
-        blocking_io("copy guest memory", move || Frozen::copied(&memory, room)).await
-    };
-    let begun = async {
-        match disk.as_mut() {
-            Some(copies) => Ok(copies.begin().await?),
-            None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
-        }
-    };
-    let (devices, memory, begun) = tokio::join!(devices, copied, begun);
-    faults::point("capture.taken");
-    begun?;
-    Ok(Still {
-        devices: devices?,
-        memory: memory?,
-        disk,
-    })
-}
-
 fn remove(directory: &Path) {
     if let Err(error) = crate::durable::remove_tree(directory) {
         tracing::warn!(directory = %directory.display(), %error, "left for the next start");
+    }
+}
+
+impl Driver {
+    /// Stops the guest and takes what must belong to one instant. The caller lets it go on, whatever comes of it.
+    async fn take(
+        &self,
+        machine: &Arc<dyn Machine>,
+        prepared: Prepared,
+        overlay: &Path,
+        target: &Path,
+    ) -> Result<Still, EngineError> {
+        let Prepared {
+            memory,
+            room,
+            mut disk,
+        } = prepared;
+        machine.pause().await?;
+        faults::point("capture.paused");
+        let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+        let served = self.shared.paging.settle(name).await?;
+        let rests = machine.memory_rests_while_saving();
+        let saved = tokio::sync::Notify::new();
+        let devices = async {
+            let devices = machine.save_devices().await;
+            saved.notify_one();
+            devices
+        };
+        let copied = async {
+            if !rests {
+                saved.notified().await;
+            }
+            blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served)).await
+        };
+        let begun = async {
+            match disk.as_mut() {
+                Some(copies) => Ok(copies.begin().await?),
+                None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
+            }
+        };
+        let (devices, memory, begun) = tokio::join!(devices, copied, begun);
+        faults::point("capture.taken");
+        begun?;
+        Ok(Still {
+            devices: devices?,
+            memory: memory?,
+            disk,
+        })
     }
 }

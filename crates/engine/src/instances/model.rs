@@ -218,6 +218,9 @@ pub struct RunRecord {
     /// What confines the process.
     #[serde(default)]
     pub jail: Option<JailReport>,
+    /// Its name at the pager that serves its memory.
+    #[serde(default)]
+    pub served: Option<String>,
 }
 
 /// An instance as published by its driver: immutable, shared, cheap to read.

@@ -39,6 +39,8 @@ const AGENT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Brings all stored instances back. Returns when the API may answer.
 pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
+    // Before their machines: what became of those is known then.
+    shared.paging.adopt().await;
     let records: Vec<InstanceRecord> = shared.store.read(hypeman_store::instances::all)?;
     let mut intents: HashMap<String, Operation> = HashMap::new();
     for entry in shared.store.read(journal::all)? {
@@ -220,7 +222,21 @@ async fn adopt(
     let vmm = shared.vmm(record.hypervisor)?;
     let spec = adoption_spec(shared, record);
     match vmm.adopt(&spec, &run.process, run.identity.as_ref()).await {
-        Ok(machine) => Ok(Some(Arc::from(machine))),
+        Ok(machine) => {
+            let machine: Arc<dyn Machine> = Arc::from(machine);
+            if let Some(name) = &run.served
+                && let Some(reason) = shared.paging.abandoned(name, &machine).await
+            {
+                tracing::error!(
+                    instance = record.id,
+                    reason,
+                    "a machine without its memory is killed"
+                );
+                machine.kill().await?;
+                return Ok(None);
+            }
+            Ok(Some(machine))
+        }
         Err(VmmError::Gone) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -291,7 +307,7 @@ fn sweep(shared: &Shared, known: &HashSet<String>, sizes: &HashSet<u64>) -> std:
             if !entry
                 .file_name()
                 .to_str()
-                .is_some_and(|name| known.contains(name))
+                .is_some_and(|name| known.contains(name) || name == crate::paging::DIRECTORY)
             {
                 durable::remove_tree(&entry.path())?;
             }

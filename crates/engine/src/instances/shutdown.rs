@@ -65,7 +65,8 @@ impl Driver {
                     note_exit(&mut run, &event);
                 }
                 let cause = run.machine.exit_cause().await;
-                exit_of(run.program_exit.take(), run.failure.take(), &cause)
+                let failure = run.failure.take().or_else(|| self.slot.live.condemned());
+                exit_of(run.program_exit.take(), failure, &cause)
             }
             None => exit_unseen(false),
         };

@@ -21,7 +21,7 @@ use std::time::Duration;
 use hypeman_core::instance::{Command, Observation, permit};
 use hypeman_guest_api::AgentKey;
 use hypeman_kernel::{BootArtifacts, KernelError};
-use hypeman_vmm::{Machine, MemoryBacking, Restore};
+use hypeman_vmm::{Machine, MemoryBacking, Patch, Restore};
 use jiff::Timestamp;
 
 use super::boot::{guest_config, kill, machine_spec};
@@ -30,9 +30,10 @@ use super::link::{Link, Welcome};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
+use crate::paging::Serving;
 use crate::shared::Shared;
 use crate::snapshots::state::{self, Present};
-use crate::snapshots::vault::{Frozen, Hold};
+use crate::snapshots::vault::{self, Frozen, Hold, LaidOut};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, StandbyRequest};
 use crate::{EngineError, durable, faults};
 
@@ -98,6 +99,8 @@ impl Driver {
         self.observe(&Observation::Paused);
         faults::point("standby.paused");
         let devices = machine.save_devices().await?;
+        let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+        self.shared.paging.settle(served).await?;
         let memory = machine.guest_memory().await?;
         let frozen = blocking_io("look at guest memory", move || Frozen::live(memory)).await?;
         let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
@@ -230,12 +233,12 @@ impl Driver {
             Ok(())
         };
         // None of these has an effect; together they take as long as the longest.
-        let ((), (manifest, devices), identities, artifacts, memory) = tokio::try_join!(
+        let ((), (manifest, devices), identities, artifacts, (memory, memory_digest)) = tokio::try_join!(
             recorded,
             blocking(move || state::read(&directory, &digest)),
             async { Ok(vmm.state_identities().await?) },
             kept_kernel(&shared, &self.record.boot_artifacts),
-            shared.vault.materialize(&standby.memory.image),
+            self.memory_of(&standby),
         )?;
         let present = Present {
             hypervisor: self.record.hypervisor,
@@ -248,7 +251,7 @@ impl Driver {
         if let Some(reason) = state::mismatch(&manifest.facts, &present) {
             return Err(EngineError::Incompatible(reason));
         }
-        if manifest.facts.memory_digest != memory.digest() {
+        if manifest.facts.memory_digest != memory_digest {
             return Err(EngineError::damaged("the memory image"));
         }
         let image = shared.images.bootable(&self.record.image_digest)?;
@@ -258,7 +261,7 @@ impl Driver {
         self.attach().await?;
         faults::point("restore.network");
         let mut spec = machine_spec(&shared, &self.record, artifacts.kernel, artifacts.initramfs);
-        spec.memory = MemoryBacking::Private(memory.base_path());
+        spec.memory = memory.backing();
         let turn = shared
             .launches
             .acquire()
@@ -289,6 +292,7 @@ impl Driver {
             former_key: standby.foreign.then_some(former),
             identity: machine.state_identity().cloned(),
             jail: machine.jail().cloned(),
+            served: memory.name(),
         });
         started.started_at = Some(Timestamp::now());
         started.stopped_at = None;
@@ -303,6 +307,7 @@ impl Driver {
                 .await?;
         }
         faults::point("restore.committed");
+        memory.keep();
         self.record = started;
         let link = self.link_to(&machine, &image, true, false);
         self.run = Some(Run {
@@ -318,6 +323,24 @@ impl Driver {
         let consumed = shared.layout.standby(&self.record.id, &standby.directory);
         shared.tasks.spawn(remove(consumed));
         Ok(())
+    }
+
+    /// Lays out the memory of a machine, or has it served where that is better; with the digest that commits to it.
+    async fn memory_of(&self, standby: &StandbyRecord) -> Result<(Memory, String), EngineError> {
+        let (shared, image) = (&self.shared, &standby.memory.image);
+        if shared.paging.can_serve(self.record.hypervisor) {
+            let (mappable, digest) = shared.vault.look_at(image).await?;
+            if shared.paging.wants(mappable) {
+                let runtime = shared.layout.instance_runtime(&self.record.id);
+                make_private(&runtime)?;
+                let (id, bytes) = (vault::parse(image)?, self.record.memory_bytes);
+                let served = shared.paging.serve(&self.record.id, id, bytes, &runtime).await?;
+                return Ok((Memory::Served(served), digest));
+            }
+        }
+        let laid_out = shared.vault.materialize(image).await?;
+        let digest = laid_out.digest().to_owned();
+        Ok((Memory::LaidOut(laid_out), digest))
     }
 
     /// The connection to the agent of a machine that goes on from a captured state.
@@ -377,6 +400,43 @@ impl Driver {
         self.log.line("restored");
         self.publish();
         Ok(())
+    }
+}
+
+/// Where the memory of a machine comes from while it starts.
+enum Memory {
+    LaidOut(LaidOut),
+    Served(Serving),
+}
+
+impl Memory {
+    fn backing(&self) -> MemoryBacking {
+        match self {
+            Self::LaidOut(memory) => MemoryBacking::Private(memory.base_path()),
+            Self::Served(serving) => MemoryBacking::Served(serving.socket.clone()),
+        }
+    }
+
+    fn patch(&self) -> Option<Patch> {
+        match self {
+            Self::LaidOut(memory) => memory.patch(),
+            Self::Served(_) => None,
+        }
+    }
+
+    /// Its name at the pager.
+    fn name(&self) -> Option<String> {
+        match self {
+            Self::LaidOut(_) => None,
+            Self::Served(serving) => Some(serving.name.clone()),
+        }
+    }
+
+    /// The machine has it.
+    fn keep(self) {
+        if let Self::Served(serving) = self {
+            serving.keep();
+        }
     }
 }
 

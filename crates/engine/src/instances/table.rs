@@ -30,6 +30,7 @@ pub(crate) struct Slot {
 pub(crate) struct Live {
     machine: Mutex<Option<Arc<dyn Machine>>>,
     client: Mutex<Option<GuestClient>>,
+    condemned: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for Live {
@@ -52,7 +53,24 @@ impl Live {
         self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Notes why the machine is about to be killed by somebody else than its driver.
+    pub(crate) fn condemn(&self, reason: String) {
+        *self.condemned.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+    }
+
+    /// Why somebody killed the machine; said once.
+    pub(crate) fn condemned(&self) -> Option<String> {
+        self.condemned
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
     pub(crate) fn set_machine(&self, machine: Option<Arc<dyn Machine>>) {
+        if machine.is_some() {
+            // What was said of an earlier one.
+            self.condemned();
+        }
         *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = machine;
     }
 

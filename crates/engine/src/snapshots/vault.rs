@@ -45,6 +45,8 @@ pub(crate) struct Frozen {
     /// What may hold something.
     ranges: Vec<Range<u64>>,
     content: Content,
+    /// Everything else is what the machine's base has, and not zero.
+    over_base: bool,
 }
 
 #[derive(Debug)]
@@ -57,12 +59,15 @@ enum Content {
 
 impl Frozen {
     /// Copies guest memory within RAM, into room made before, so that the guest can go on.
-    pub(crate) fn copied(memory: &GuestMemory, room: CopyRoom) -> io::Result<Self> {
+    ///
+    /// `served`: it still was when the guest stood still, whatever was so when `memory` was opened.
+    pub(crate) fn copied(memory: &GuestMemory, room: CopyRoom, served: bool) -> io::Result<Self> {
         let ranges = memory.populated()?;
         let copy = memory.copy_into(room, &ranges)?;
         Ok(Self {
             ranges,
             content: Content::Copied(File::from(copy)),
+            over_base: memory.is_private_mapping() || served,
         })
     }
 
@@ -70,6 +75,7 @@ impl Frozen {
     pub(crate) fn live(memory: GuestMemory) -> io::Result<Self> {
         Ok(Self {
             ranges: memory.populated()?,
+            over_base: memory.misses_what_it_came_from(),
             content: Content::Live(memory),
         })
     }
@@ -270,7 +276,7 @@ impl Vault {
             // Nobody may need the last one any more. A sweep takes it before we have it, or not at all.
             let last = last.and_then(|last| store.hold(last).ok());
             let parent = last.as_ref().map(hypeman_snapshots::Hold::id).or(base);
-            let elsewhere = if base.is_some() {
+            let elsewhere = if base.is_some() && memory.over_base {
                 Elsewhere::Parent
             } else {
                 Elsewhere::Zero
@@ -297,6 +303,12 @@ impl Vault {
             Ok(LaidOut { memory, digest })
         })
         .await
+    }
+
+    /// Whether an image lies there as it would be mapped, and the digest that commits to it, hex.
+    pub(crate) async fn look_at(&self, image: &str) -> Result<(bool, String), EngineError> {
+        let (store, id) = (self.store.clone(), parse(image)?);
+        blocking(move || Ok((store.can_be_mapped(id)?, store.digest(id)?.to_hex().to_string()))).await
     }
 
     /// Asks for an image to be compressed, as its record says; `snapshot` is the one that says so.

@@ -77,6 +77,7 @@ impl Server {
             },
             logs: LogOptions::default(),
             snapshots: SnapshotOptions::default(),
+            paging: hypeman_engine::PagingOptions::default(),
         };
         let engine = Engine::open(options).await.unwrap();
         let mut config = ServerConfig::new("127.0.0.1:0".parse().unwrap(), SECRET, "test");

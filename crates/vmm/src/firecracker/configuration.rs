@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::files::{GUEST_SOCKET, STATE, disk};
 use crate::spec::text;
-use crate::{IoLimit, MachineSpec, VmmError, VmmKind};
+use crate::{IoLimit, MachineSpec, MemoryBacking, VmmError, VmmKind};
 
 const MEBIBYTE: u64 = 1 << 20;
 /// The guest's number on its own bus; every machine has its own bus.
@@ -100,7 +100,16 @@ pub(super) fn boot(spec: &MachineSpec, command_line: &str) -> Value {
 }
 
 /// A captured machine that is to go on upon a private mapping of `memory`.
-pub(super) fn load(spec: &MachineSpec, memory: &Path) -> Result<Value, VmmError> {
+pub(super) fn load(spec: &MachineSpec) -> Result<Value, VmmError> {
+    let (kind, memory): (_, &Path) = match &spec.memory {
+        MemoryBacking::Private(file) => ("File", file),
+        MemoryBacking::Served(socket) => ("Uffd", socket),
+        MemoryBacking::Anonymous => {
+            return Err(VmmError::InvalidSpec(
+                "a captured machine needs its memory".to_owned(),
+            ));
+        }
+    };
     let overrides: Vec<Value> = spec
         .nic
         .iter()
@@ -108,7 +117,7 @@ pub(super) fn load(spec: &MachineSpec, memory: &Path) -> Result<Value, VmmError>
         .collect();
     Ok(json!({
         "snapshot_path": STATE,
-        "mem_backend": { "backend_type": "File", "backend_path": text(memory)? },
+        "mem_backend": { "backend_type": kind, "backend_path": text(memory)? },
         "track_dirty_pages": false,
         "resume_vm": false,
         "network_overrides": overrides,
@@ -185,13 +194,18 @@ mod tests {
 
     #[test]
     fn a_loaded_machine_gets_its_own_tap_and_stays_paused() {
-        let request = load(&spec(), Path::new("/memory/base")).unwrap();
+        let captured = |memory| MachineSpec { memory, ..spec() };
+        let private = captured(MemoryBacking::Private(PathBuf::from("/memory/base")));
+        let request = load(&private).unwrap();
         assert_eq!(request["network_overrides"][0]["host_dev_name"], "hm-1");
         assert_eq!(request["resume_vm"], false);
         assert_eq!(request["mem_backend"]["backend_path"], "/memory/base");
-        assert!(load(&spec(), Path::new("relative")).is_err());
-        let alone = MachineSpec { nic: None, ..spec() };
-        let request = load(&alone, Path::new("/memory/base")).unwrap();
+        assert_eq!(request["mem_backend"]["backend_type"], "File");
+        assert!(load(&captured(MemoryBacking::Private(PathBuf::from("relative")))).is_err());
+        assert!(load(&spec()).is_err());
+        let served = captured(MemoryBacking::Served(PathBuf::from("/run/pages.sock")));
+        let request = load(&MachineSpec { nic: None, ..served }).unwrap();
+        assert_eq!(request["mem_backend"]["backend_type"], "Uffd");
         assert_eq!(request["network_overrides"], json!([]));
     }
 

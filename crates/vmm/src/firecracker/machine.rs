@@ -144,9 +144,11 @@ impl Machine for FirecrackerMachine {
             kind: VmmKind::Firecracker,
             feature: "the capture of a machine whose memory was not found when it started",
         })?;
-        GuestMemory::open(Arc::clone(self.client.process()), segments).map_err(|source| VmmError::Io {
-            context: format!("cannot look at the memory of process {}", self.process().pid),
-            source,
+        GuestMemory::open_maybe_served(Arc::clone(self.client.process()), segments).map_err(|source| {
+            VmmError::Io {
+                context: format!("cannot look at the memory of process {}", self.process().pid),
+                source,
+            }
         })
     }
 

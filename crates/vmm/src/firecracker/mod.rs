@@ -3,7 +3,7 @@
 //! ```text
 //! launch:  configuration file ─► spawn in the runtime directory ─► socket answers ─► memory found ─► Machine
 //!                                  │ any failure: kill, reap, remove, tell the end of the log
-//! restore: spawn ─► socket answers ─► load (memory mapped privately) ─► patch ─► Machine, paused
+//! restore: spawn ─► socket answers ─► load (memory mapped privately, or served) ─► patch ─► Machine, paused
 //! adopt:   pidfd ─► identity equal? ─► let go of what a dead server held ─► Machine
 //! ```
 //!
@@ -236,13 +236,8 @@ async fn load(
     files: &Files,
     restore: Restore,
 ) -> Result<Vec<Segment>, VmmError> {
-    let MemoryBacking::Private(memory) = &spec.memory else {
-        return Err(VmmError::InvalidSpec(
-            "a captured machine needs its memory".to_owned(),
-        ));
-    };
     files.write_state(&restore.device_state)?;
-    let request = configuration::load(spec, memory)?;
+    let request = configuration::load(spec)?;
     let loaded = client
         .call(Method::PUT, "/snapshot/load", Some(&request), LOAD_DEADLINE)
         .await;
@@ -251,10 +246,11 @@ async fn load(
         error => error,
     })?;
     files.forget_state();
-    let (process, memory) = (Arc::clone(client.process()), memory.clone());
+    let (process, memory) = (Arc::clone(client.process()), spec.memory.clone());
     let lengths = lengths(spec.memory_bytes);
-    let segments = memory_work("cannot find guest memory", move || {
-        locate::private_file(&process, &memory, &lengths)
+    let segments = memory_work("cannot find guest memory", move || match &memory {
+        MemoryBacking::Private(file) => locate::private_file(&process, file, &lengths),
+        _ => locate::served(&process, &lengths),
     })
     .await?;
     if let Some(patch) = restore.patch {

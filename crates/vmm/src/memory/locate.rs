@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! restored   the private mapping of a file that we named: found by its inode
+//! served     memory whose pages somebody fills: found by a flag of the kernel
 //! booted     anonymous memory: found by the kernel's command line, which the VMM wrote at a known place of it
 //! ```
 //!
@@ -98,9 +99,38 @@ pub(crate) fn anonymous(
     if !process.is_alive() {
         return Err(super::gone());
     }
+    behind(start, *first, others, &blocks)
+}
+
+/// Finds memory of these lengths whose pages somebody fills: nothing else of a VMM is like that.
+pub(crate) fn served(process: &ProcessHandle, lengths: &[u64]) -> io::Result<Vec<Segment>> {
+    let Some((first, others)) = lengths.split_first() else {
+        return Err(not_found("it has no length"));
+    };
+    let smaps = File::open(format!("/proc/{}/smaps", process.identity().pid))?;
+    let blocks = super::served::ranges(BufReader::new(smaps))?;
+    if !process.is_alive() {
+        return Err(super::gone());
+    }
+    // The kernel maps downwards, so the first one ends its block.
+    let exact = blocks.iter().find(|block| block.end - block.start == *first);
+    let largest = || {
+        blocks
+            .iter()
+            .filter(|block| block.end - block.start > *first)
+            .last()
+    };
+    let block = exact
+        .or_else(largest)
+        .ok_or_else(|| not_found("nobody serves its pages"))?;
+    behind(block.end - first, *first, others, &blocks)
+}
+
+/// The other segments, when the first one is known.
+fn behind(start: u64, first: u64, others: &[u64], blocks: &[Range<u64>]) -> io::Result<Vec<Segment>> {
     let mut segments = vec![Segment {
         address: start,
-        length: *first,
+        length: first,
     }];
     for length in others.iter().copied() {
         let below = segments[segments.len() - 1].address.checked_sub(length);

@@ -21,9 +21,10 @@ mod copy;
 pub(crate) mod locate;
 mod mappings;
 mod populated;
+mod served;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, BufReader};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -49,7 +50,18 @@ struct Inner {
     memory: File,
     segments: Vec<Segment>,
     length: u64,
-    private: bool,
+    missing: Missing,
+}
+
+/// What a page holds that the process does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    /// Zeros.
+    Zero,
+    /// What the file behind the mapping holds.
+    File,
+    /// What somebody will fill it with once it is asked for.
+    Served,
 }
 
 /// One block of guest memory in the address space of the process.
@@ -63,6 +75,15 @@ impl GuestMemory {
     /// Checks that each segment is one block of private memory, all of one kind, and opens them. Offsets count
     /// through them in order.
     pub(crate) fn open(process: Arc<ProcessHandle>, segments: Vec<Segment>) -> io::Result<Self> {
+        Self::opened(process, segments, false)
+    }
+
+    /// The same for memory whose missing pages somebody may fill.
+    pub(crate) fn open_maybe_served(process: Arc<ProcessHandle>, segments: Vec<Segment>) -> io::Result<Self> {
+        Self::opened(process, segments, true)
+    }
+
+    fn opened(process: Arc<ProcessHandle>, segments: Vec<Segment>, maybe_served: bool) -> io::Result<Self> {
         let path = format!("/proc/{}", process.identity().pid);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(path, flags, Mode::empty())?;
@@ -91,6 +112,20 @@ impl GuestMemory {
                 "guest memory is not of one kind",
             ));
         };
+        let missing = match kind {
+            mappings::Kind::PrivateFile => Missing::File,
+            // Reading the flags costs a walk through all of the process's tables.
+            mappings::Kind::Anonymous if maybe_served => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                let smaps = rustix::fs::openat(&directory, "smaps", flags, Mode::empty())?;
+                let ranges = served::ranges(BufReader::new(File::from(smaps)))?;
+                match segments.iter().all(|segment| served::covers(&ranges, segment)) {
+                    true => Missing::Served,
+                    false => Missing::Zero,
+                }
+            }
+            mappings::Kind::Anonymous => Missing::Zero,
+        };
         Ok(Self {
             inner: Arc::new(Inner {
                 process,
@@ -98,7 +133,7 @@ impl GuestMemory {
                 memory: File::from(memory),
                 length: segments.iter().map(|segment| segment.length).sum(),
                 segments,
-                private: kind == mappings::Kind::PrivateFile,
+                missing,
             }),
         })
     }
@@ -112,12 +147,19 @@ impl GuestMemory {
     /// True when memory is a copy-on-write mapping of a file, so that [`GuestMemory::populated`] tells what
     /// differs from it.
     pub fn is_private_mapping(&self) -> bool {
-        self.inner.private
+        self.inner.missing == Missing::File
+    }
+
+    /// True when pages that [`GuestMemory::populated`] does not name are those that the machine was restored from, and
+    /// false when they are zero.
+    pub fn misses_what_it_came_from(&self) -> bool {
+        self.inner.missing != Missing::Zero
     }
 
     /// Pages that may hold something, as merged ascending ranges of bytes. Anonymous memory: pages that are
     /// present or swapped; all others read as zeros. A private mapping: pages that the guest or the VMM wrote
-    /// since the start; all others are those of the file.
+    /// since the start; all others are those of the file. Memory that somebody serves: pages that are there, zeros
+    /// included; all others are what they would be filled with.
     pub fn populated(&self) -> io::Result<Vec<Range<u64>>> {
         let mut all = Vec::new();
         let mut offset = 0;
@@ -126,7 +168,7 @@ impl GuestMemory {
                 &self.inner.directory,
                 segment.address,
                 segment.length,
-                self.inner.private,
+                self.inner.missing,
             )?;
             all.extend(
                 ranges

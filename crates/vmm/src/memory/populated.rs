@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::Missing;
+
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const PAGE_IS_FILE: u64 = 1 << 2;
@@ -52,29 +54,33 @@ struct Scan {
     return_mask: u64,
 }
 
-/// Ranges of bytes from `address` on; `private`: only what differs from the file behind it.
+/// Ranges of bytes from `address` on; what `missing` says of the others.
 pub(super) fn scan(
     directory: &OwnedFd,
     address: u64,
     length: u64,
-    private: bool,
+    missing: Missing,
 ) -> io::Result<Vec<Range<u64>>> {
-    match by_scan(directory, address, length, private) {
+    match by_scan(directory, address, length, missing) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-            by_words(directory, address, length, private)
+            by_words(directory, address, length, missing)
         }
         outcome => outcome,
     }
 }
 
-fn by_scan(directory: &OwnedFd, address: u64, length: u64, private: bool) -> io::Result<Vec<Range<u64>>> {
+fn by_scan(directory: &OwnedFd, address: u64, length: u64, missing: Missing) -> io::Result<Vec<Range<u64>>> {
     let pagemap = open(directory)?;
     let mut regions = vec![Region::default(); SCAN_REGIONS];
     let mut ranges = Ranges::default();
     let end = address + length;
     // What anonymous memory shows as the shared page of zeros was only read. In a private mapping such a page
-    // stands in place of one of the file.
-    let excluded = if private { PAGE_IS_FILE } else { PAGE_IS_PFNZERO };
+    // stands in place of one of the file, and where pages are served in place of what would be filled in.
+    let excluded = match missing {
+        Missing::Zero => PAGE_IS_PFNZERO,
+        Missing::File => PAGE_IS_FILE,
+        Missing::Served => 0,
+    };
     let mut start = address;
     while start < end {
         let mut scan = Scan {
@@ -116,7 +122,7 @@ pub(super) fn by_words(
     directory: &OwnedFd,
     address: u64,
     length: u64,
-    private: bool,
+    missing: Missing,
 ) -> io::Result<Vec<Range<u64>>> {
     let pagemap = open(directory)?;
     let page = rustix::param::page_size() as u64;
@@ -129,7 +135,7 @@ pub(super) fn by_words(
         let bytes = &mut buffer[..count as usize * 8];
         pagemap.read_exact_at(bytes, (address / page + index) * 8)?;
         for (word, number) in bytes.as_chunks::<8>().0.iter().zip(index..) {
-            if is_populated(u64::from_ne_bytes(*word), private) {
+            if is_populated(u64::from_ne_bytes(*word), missing) {
                 ranges.add(number * page..((number + 1) * page).min(length));
             }
         }
@@ -148,8 +154,8 @@ fn open(directory: &OwnedFd) -> io::Result<File> {
     )?))
 }
 
-fn is_populated(word: u64, private: bool) -> bool {
-    word & (PRESENT | SWAPPED) != 0 && !(private && word & FILE != 0)
+fn is_populated(word: u64, missing: Missing) -> bool {
+    word & (PRESENT | SWAPPED) != 0 && !(missing == Missing::File && word & FILE != 0)
 }
 
 /// Ascending ranges, merged where they touch.

@@ -165,7 +165,7 @@ async fn both_ways_to_read_page_tables_agree() {
             &memory.inner.directory,
             memory.inner.segments[0].address,
             memory.len(),
-            private,
+            memory.inner.missing,
         )
         .unwrap();
         assert!(words.len() > 5000);

@@ -296,6 +296,11 @@ fn memory(spec: &MachineSpec, memory_mib: u64, host: &Host) -> Result<Value, Vmm
                 false => memory,
             }
         }
+        MemoryBacking::Served(_) => {
+            return Err(VmmError::InvalidSpec(
+                "QEMU asks nobody for the pages of its guest".to_owned(),
+            ));
+        }
         MemoryBacking::Anonymous => {
             json!({ "qom-type": "memory-backend-ram", "id": "mem", "size": size, "dump": false })
         }

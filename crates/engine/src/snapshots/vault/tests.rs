@@ -14,6 +14,7 @@ fn memory(round: u64) -> Frozen {
     Frozen {
         ranges: std::iter::once(0..2 * PAGE).collect(),
         content: Content::Copied(file),
+        over_base: true,
     }
 }
 

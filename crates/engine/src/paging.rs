@@ -1,0 +1,295 @@
+//! Machines whose memory comes page by page from a pager, instead of being laid out before they start.
+//!
+//! ```text
+//!  restore ──► serve: the pager listens for this machine, for this image ──► VMM connects ──► pages as they are asked for
+//!                                                                              │
+//!               the pager fails, or is gone ──► condemned with the reason ──► killed    all memory is there ──► forgotten
+//! ```
+//! Invariant: a machine that waits for a page that nobody gives is killed, by whoever notices first: the watch of a
+//! running server, or the recovery of the next one. It never just hangs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hypeman_pager::{MachineState, Pager, PagerError, PagerEvent, PagerOptions, Registration};
+use hypeman_snapshots::MemoryId;
+use hypeman_vmm::{Machine, VmmKind};
+use tokio::sync::broadcast;
+
+use crate::layout::Layout;
+use crate::shared::Shared;
+use crate::{EngineError, random};
+
+/// Where sockets of pagers lie, below the runtime directory: instances have other names.
+pub(crate) const DIRECTORY: &str = "pager";
+/// Name of a machine's socket in its runtime directory.
+const SOCKET: &str = "pages.sock";
+
+/// When pages are served.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PagingMode {
+    /// Where memory would have to be expanded first.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Wherever the VMM can ask for them.
+    Always,
+}
+
+/// How pages are served.
+#[derive(Debug, Clone)]
+pub struct PagingOptions {
+    /// When.
+    pub mode: PagingMode,
+    /// The program that is a pager when told so: this one.
+    pub program: Option<PathBuf>,
+    /// The release of this server.
+    pub release: String,
+    /// Bytes of memory images that a pager keeps in RAM.
+    pub cache_bytes: u64,
+    /// How long a machine is served before all of its memory is filled.
+    pub graduate_after: Option<Duration>,
+}
+
+impl Default for PagingOptions {
+    fn default() -> Self {
+        Self {
+            mode: PagingMode::Off,
+            program: None,
+            release: "0".to_owned(),
+            cache_bytes: 4 << 30,
+            graduate_after: Some(Duration::from_secs(600)),
+        }
+    }
+}
+
+/// The pagers of this server.
+#[derive(Debug)]
+pub(crate) struct Paging {
+    mode: PagingMode,
+    pager: Arc<Pager>,
+    store: PathBuf,
+}
+
+/// A machine that is being started with served memory. Forgotten unless it is kept.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    pager: Arc<Pager>,
+    /// The machine as the pager knows it.
+    pub(crate) name: String,
+    /// Where its VMM connects.
+    pub(crate) socket: PathBuf,
+    kept: bool,
+}
+
+impl Serving {
+    /// The machine runs, and its record names it.
+    pub(crate) fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let (pager, name) = (Arc::clone(&self.pager), std::mem::take(&mut self.name));
+        tokio::spawn(async move { forget(&pager, &name).await });
+    }
+}
+
+async fn forget(pager: &Pager, name: &str) {
+    if let Some(client) = pager.pager_of(name) {
+        match client.forget(name).await {
+            // Its end was noticed before.
+            Ok(()) | Err(PagerError::Gone(_) | PagerError::Refused(_)) => {}
+            Err(error) => tracing::warn!(name, %error, "the pager does not forget a machine"),
+        }
+    }
+}
+
+impl Paging {
+    pub(crate) fn open(options: &PagingOptions, layout: &Layout) -> Self {
+        let possible = options.program.is_some() && options.mode != PagingMode::Off;
+        let mode = match possible.then(hypeman_pager::memory::probe) {
+            Some(Ok(())) => options.mode,
+            Some(Err(error)) => {
+                tracing::info!(%error, "page faults cannot be served on this host; memory is expanded instead");
+                PagingMode::Off
+            }
+            None => PagingMode::Off,
+        };
+        let pager = Pager::new(PagerOptions {
+            program: options.program.clone().unwrap_or_default(),
+            directory: layout.runtime().join(DIRECTORY),
+            log: layout.system().join("pager.log"),
+            release: options.release.clone(),
+            cache_bytes: options.cache_bytes,
+            graduate_after: options.graduate_after,
+        });
+        Self {
+            mode,
+            pager: Arc::new(pager),
+            store: layout.memory(),
+        }
+    }
+
+    /// Takes back the pagers that an earlier server left, before their machines are.
+    pub(crate) async fn adopt(&self) {
+        if let Err(error) = self.pager.adopt().await {
+            tracing::error!(%error, "earlier pagers were not taken back");
+        }
+    }
+
+    /// Whether memory of a machine of this kind may be served at all.
+    pub(crate) fn can_serve(&self, kind: VmmKind) -> bool {
+        self.mode != PagingMode::Off && kind == VmmKind::Firecracker
+    }
+
+    /// Whether memory should be served; `mappable`: it lies there as it would be mapped.
+    pub(crate) fn wants(&self, mappable: bool) -> bool {
+        match self.mode {
+            PagingMode::Off => false,
+            PagingMode::Auto => !mappable,
+            PagingMode::Always => true,
+        }
+    }
+
+    /// Has a machine served from an image, which the caller holds.
+    pub(crate) async fn serve(
+        &self,
+        instance: &str,
+        image: MemoryId,
+        memory_bytes: u64,
+        runtime: &std::path::Path,
+    ) -> Result<Serving, EngineError> {
+        let suffix = random::hex::<4>().map_err(|error| EngineError::io("random name", error))?;
+        let name = format!("{instance}-{suffix}");
+        let socket = runtime.join(SOCKET);
+        // What an earlier attempt left.
+        let _ = std::fs::remove_file(&socket);
+        let registration = Registration {
+            machine: name.clone(),
+            store: self.store.clone(),
+            image,
+            memory_bytes,
+            socket: socket.clone(),
+            owner: None,
+            overlay: Vec::new(),
+            working_set: true,
+        };
+        let registered = self.pager.register(registration).await;
+        registered.map_err(|error| EngineError::RestoreFailed(error.to_string()))?;
+        Ok(Serving {
+            pager: Arc::clone(&self.pager),
+            name,
+            socket,
+            kept: false,
+        })
+    }
+
+    /// Makes the page tables of a machine that stands still tell what it has. `false` when it is not served any more:
+    /// then what it does not have is zero.
+    pub(crate) async fn settle(&self, name: Option<&str>) -> Result<bool, EngineError> {
+        let Some(name) = name else {
+            return Ok(false);
+        };
+        let Some(client) = self.pager.pager_of(name) else {
+            return Ok(false);
+        };
+        client
+            .settle(name)
+            .await
+            .map_err(|error| EngineError::io("memory of a served machine", std::io::Error::other(error)))?;
+        Ok(client.machine(name) == Some(MachineState::Serving))
+    }
+
+    /// Why a machine that runs cannot go on, if its pages are not served any more and should be.
+    pub(crate) async fn abandoned(&self, name: &str, machine: &Arc<dyn Machine>) -> Option<String> {
+        match self.pager.machine(name) {
+            Some(MachineState::Failed { reason, .. }) => Some(reason),
+            Some(_) => None,
+            // Nobody knows it. That is fine for one that had all of its memory.
+            None => match machine.guest_memory().await {
+                Ok(memory) if !memory.misses_what_it_came_from() => None,
+                _ => Some("the pager that served its memory is gone".to_owned()),
+            },
+        }
+    }
+
+    fn events(&self) -> broadcast::Receiver<PagerEvent> {
+        self.pager.events()
+    }
+}
+
+/// Kills machines whose pages nobody gives any more, until the server ends.
+pub(crate) async fn watch(shared: Arc<Shared>) {
+    let mut events = shared.paging.events();
+    // What happened before somebody listened.
+    look_at_all(&shared).await;
+    loop {
+        let event = tokio::select! {
+            () = shared.closing.cancelled() => return,
+            event = events.recv() => event,
+        };
+        match event {
+            Ok(PagerEvent::Machine { machine, state }) => match state {
+                MachineState::Failed { reason, .. } => condemn(&shared, &machine, &reason).await,
+                MachineState::Graduated => forget(&shared.paging.pager, &machine).await,
+                MachineState::Waiting | MachineState::Serving | MachineState::Gone => {}
+            },
+            Ok(PagerEvent::Gone { machines, reason }) => {
+                for machine in machines {
+                    condemn(&shared, &machine, &format!("the pager is gone: {reason}")).await;
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                look_at_all(&shared).await;
+            }
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
+/// Looks whether machines are still served that should be.
+async fn look_at_all(shared: &Shared) {
+    for slot in shared.table.slots() {
+        let run = slot.published.borrow().record.run.clone();
+        if let Some(name) = run.and_then(|run| run.served)
+            && let Some(machine) = slot.live.machine()
+            && let Some(reason) = shared.paging.abandoned(&name, &machine).await
+        {
+            condemn(shared, &name, &reason).await;
+        }
+    }
+}
+
+/// Kills the machine that has this name at a pager, with the reason as that of its end.
+async fn condemn(shared: &Shared, name: &str, reason: &str) {
+    let Some((instance, _)) = name.rsplit_once('-') else {
+        return;
+    };
+    let Ok(slot) = shared.table.get(instance) else {
+        return;
+    };
+    // A machine that is being started fails by itself when it is killed; one of a later run has another name.
+    let of_record = slot.published.borrow().record.run.clone();
+    if of_record.is_some_and(|run| run.served.as_deref() != Some(name)) {
+        return;
+    }
+    if let Some(machine) = slot.live.machine() {
+        tracing::error!(
+            instance,
+            reason,
+            "the memory of a machine is not served any more: killing it"
+        );
+        slot.live
+            .condemn(format!("its memory is not served any more: {reason}"));
+        if let Err(error) = machine.kill().await {
+            tracing::error!(instance, %error, "not killed");
+        }
+    }
+}
