@@ -190,12 +190,18 @@ async fn a_pager_outlives_the_server_and_an_upgrade() {
     old.check(1).await;
     let pid = old.served.pager().pid();
     let (memory, stream) = (Arc::clone(&old.memory), old.stream.try_clone().unwrap());
-    drop((old, first));
+    // Registered, and its VMM was never started.
+    let lost = first.register(place.registration("lost")).await.unwrap();
+    drop((old, lost, first));
 
     // The server starts again: the same pager goes on.
     let again = place.pager("1.0");
     again.adopt().await.unwrap();
     assert_eq!(again.machine("old"), Some(MachineState::Serving));
+    let mut events = again.events();
+    again.forget_others(|name| name == "old").await;
+    until(&mut events, "lost", MachineState::Gone).await;
+    assert_eq!(again.machine("lost"), None);
     assert_eq!(again.ensure().await.unwrap().pid(), pid);
     drop(again);
 

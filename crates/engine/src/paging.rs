@@ -8,11 +8,14 @@
 //! Invariant: a machine that waits for a page that nobody gives is killed, by whoever notices first: the watch of a
 //! running server, or the recovery of the next one. It never just hangs.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypeman_pager::{MachineState, Pager, PagerError, PagerEvent, PagerOptions, Registration};
+use hypeman_pager::{
+    MachineState, Pager, PagerError, PagerEvent, PagerOptions, RefusedCode, Registration, Served,
+};
 use hypeman_snapshots::MemoryId;
 use hypeman_vmm::{Machine, VmmKind};
 use tokio::sync::broadcast;
@@ -77,6 +80,7 @@ pub(crate) struct Paging {
 #[derive(Debug)]
 pub(crate) struct Serving {
     pager: Arc<Pager>,
+    served: Served,
     /// The machine as the pager knows it.
     pub(crate) name: String,
     /// Where its VMM connects.
@@ -85,6 +89,11 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
+    /// Completes with the reason when the pager cannot give it what it asks for.
+    pub(crate) async fn failed(&self) -> String {
+        self.served.failed().await
+    }
+
     /// The machine runs, and its record names it.
     pub(crate) fn keep(mut self) {
         self.kept = true;
@@ -137,11 +146,13 @@ impl Paging {
         }
     }
 
-    /// Takes back the pagers that an earlier server left, before their machines are.
-    pub(crate) async fn adopt(&self) {
+    /// Takes back the pagers that an earlier server left, before their machines are. Nobody but the named machines may
+    /// still need them.
+    pub(crate) async fn adopt(&self, machines: &HashSet<&str>) {
         if let Err(error) = self.pager.adopt().await {
             tracing::error!(%error, "earlier pagers were not taken back");
         }
+        self.pager.forget_others(|name| machines.contains(name)).await;
     }
 
     /// Whether memory of a machine of this kind may be served at all.
@@ -181,9 +192,15 @@ impl Paging {
             overlay: Vec::new(),
             working_set: true,
         };
-        let registered = self.pager.register(registration).await;
-        registered.map_err(|error| EngineError::RestoreFailed(error.to_string()))?;
+        let served = match self.pager.register(registration).await {
+            Err(PagerError::Refused(refused)) if refused.code == RefusedCode::Damaged => {
+                tracing::error!(instance, %refused, "not restored");
+                return Err(EngineError::damaged("the memory image"));
+            }
+            other => other.map_err(|error| EngineError::RestoreFailed(error.to_string()))?,
+        };
         Ok(Serving {
+            served,
             pager: Arc::clone(&self.pager),
             name,
             socket,

@@ -199,6 +199,12 @@ impl PagerClient {
         self.shared.machines().get(machine).cloned()
     }
 
+    /// Machines that it knows, whatever became of them.
+    #[must_use]
+    pub fn known(&self) -> Vec<String> {
+        self.shared.machines().keys().cloned().collect()
+    }
+
     /// Machines that would miss it.
     #[must_use]
     pub fn machines(&self) -> Vec<String> {

@@ -151,6 +151,20 @@ impl Pager {
             .cloned()
     }
 
+    /// Has all pagers forget the machines that `wanted` does not name: those of a server that died before it noted them.
+    pub async fn forget_others(&self, wanted: impl Fn(&str) -> bool) {
+        let clients = self.all().clone();
+        for client in clients {
+            for machine in client.known().into_iter().filter(|machine| !wanted(machine)) {
+                match client.forget(&machine).await {
+                    // It went by itself meanwhile.
+                    Ok(()) | Err(PagerError::Refused(_) | PagerError::Gone(_)) => {}
+                    Err(error) => tracing::warn!(machine, %error, "a pager does not forget a machine"),
+                }
+            }
+        }
+    }
+
     /// Connects to the pagers that earlier servers left, before any is started. Says what became of their machines
     /// from then on.
     ///

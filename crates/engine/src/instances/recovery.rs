@@ -39,9 +39,13 @@ const AGENT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Brings all stored instances back. Returns when the API may answer.
 pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<(), EngineError> {
-    // Before their machines: what became of those is known then.
-    shared.paging.adopt().await;
     let records: Vec<InstanceRecord> = shared.store.read(hypeman_store::instances::all)?;
+    // Pagers before machines: what became of those is known then.
+    let runs = records.iter().filter_map(|record| record.run.as_ref());
+    shared
+        .paging
+        .adopt(&runs.filter_map(|run| run.served.as_deref()).collect())
+        .await;
     let mut intents: HashMap<String, Operation> = HashMap::new();
     for entry in shared.store.read(journal::all)? {
         match serde_json::from_str(&entry.operation) {

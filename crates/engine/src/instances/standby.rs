@@ -272,7 +272,11 @@ impl Driver {
             device_state: devices,
             patch: memory.patch(),
         };
-        let machine: Arc<dyn Machine> = Arc::from(vmm.restore(&spec, restore).await?);
+        let machine: Arc<dyn Machine> = tokio::select! {
+            machine = vmm.restore(&spec, restore) => Arc::from(machine?),
+            // It would wait for its memory in vain.
+            reason = memory.failed() => return Err(EngineError::RestoreFailed(reason)),
+        };
         drop(turn);
         self.slot.live.set_machine(Some(Arc::clone(&machine)));
         faults::point("restore.launched");
@@ -421,6 +425,14 @@ impl Memory {
         match self {
             Self::LaidOut(memory) => memory.patch(),
             Self::Served(_) => None,
+        }
+    }
+
+    /// Completes with the reason when the machine waits for memory that nobody gives.
+    async fn failed(&self) -> String {
+        match self {
+            Self::LaidOut(_) => std::future::pending().await,
+            Self::Served(serving) => serving.failed().await,
         }
     }
 
