@@ -31,7 +31,11 @@ pub fn repository() -> PathBuf {
 /// `HYPEMAN_TEST_KERNEL`, else what the server finds on its own.
 #[must_use]
 pub fn kernel() -> Option<PathBuf> {
-    let named = |variable| std::env::var_os(variable).map(PathBuf::from).filter(|path| path.exists());
+    let named = |variable| {
+        std::env::var_os(variable)
+            .map(PathBuf::from)
+            .filter(|path| path.exists())
+    };
     kvm_kernel().or_else(|| named("HYPEMAN_TEST_KERNEL"))
 }
 

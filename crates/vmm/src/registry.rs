@@ -65,6 +65,7 @@ impl Vmms {
                 &options,
                 search_path.clone(),
                 kvm.clone(),
+                Arc::clone(&jail),
             )),
             Arc::new(Firecracker::new(&options, search_path, kvm, Arc::clone(&jail))),
             Arc::new(Qemu::new(Board::Q35, Arc::clone(&host), Arc::clone(&jail))),

@@ -86,7 +86,7 @@ pub(super) fn known_memory(spec: &MachineSpec, process: &Arc<ProcessHandle>) -> 
     }
     match &spec.memory {
         MemoryBacking::Private(file) => find_memory(spec, process, &Search::File(file)),
-        MemoryBacking::Anonymous => booted_memory(spec, process),
+        MemoryBacking::Anonymous | MemoryBacking::Served(_) => booted_memory(spec, process),
     }
 }
 

@@ -17,8 +17,8 @@ use crate::disk_copies;
 use crate::process::{Ended, resident_and_cpu};
 use crate::turn::Turn;
 use crate::{
-    Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, Machine, MachineSpec,
-    MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, WorkloadLog,
+    Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
+    MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, WorkloadLog,
 };
 
 /// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
@@ -35,6 +35,7 @@ pub(super) struct CloudHypervisorMachine {
     workload_log: WorkloadLog,
     identity: Option<StateIdentity>,
     memory: OnceCell<GuestMemory>,
+    jail: Option<JailReport>,
     killed: AtomicBool,
 }
 
@@ -54,8 +55,14 @@ impl CloudHypervisorMachine {
             workload_log,
             identity,
             memory: OnceCell::new_with(memory),
+            jail: None,
             killed: AtomicBool::new(false),
         }
+    }
+
+    /// What of a jail its process bears.
+    pub(super) fn in_jail(self, jail: Option<JailReport>) -> Self {
+        Self { jail, ..self }
     }
 
     fn remove_files(&self) {
@@ -95,6 +102,10 @@ impl Machine for CloudHypervisorMachine {
 
     fn state_identity(&self) -> Option<&StateIdentity> {
         self.identity.as_ref()
+    }
+
+    fn jail(&self) -> Option<&JailReport> {
+        self.jail.as_ref()
     }
 
     fn agent_channel(&self) -> AgentChannel {

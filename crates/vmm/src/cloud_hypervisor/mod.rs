@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypeman_guest_api::LOG_VSOCK_PORT;
+use hypeman_jail::Jail;
 
 use self::config::{API_SOCKET, Abilities, BOOT_KERNEL, Start, VSOCK_SOCKET};
 use self::control::Control;
@@ -41,7 +42,9 @@ use crate::console::{self, Console};
 use crate::files::{append_only, io_error};
 use crate::gate::KvmGate;
 use crate::probe::processor_abilities;
-use crate::process::{Detached, KillOnDrop, ProcessHandle, Words, processes_with_argument, spawn_detached};
+use crate::process::{
+    Detached, KillOnDrop, ProcessHandle, Words, limits, processes_with_argument, spawn_detached,
+};
 use crate::{
     Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
     Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions, WorkloadLog,
@@ -63,10 +66,16 @@ const MACHINE_TYPE: &str = "cloud-hypervisor";
 pub(crate) struct CloudHypervisor {
     binaries: Binaries,
     gate: KvmGate,
+    jail: Arc<Jail>,
 }
 
 impl CloudHypervisor {
-    pub(crate) fn new(options: &VmmOptions, search_path: Vec<PathBuf>, gate: KvmGate) -> Self {
+    pub(crate) fn new(
+        options: &VmmOptions,
+        search_path: Vec<PathBuf>,
+        gate: KvmGate,
+        jail: Arc<Jail>,
+    ) -> Self {
         let binaries = Binaries::new(
             NAME,
             PROGRAM,
@@ -75,7 +84,7 @@ impl CloudHypervisor {
             search_path,
             options.versions_directory.as_deref(),
         );
-        Self { binaries, gate }
+        Self { binaries, gate, jail }
     }
 
     /// The binary for new machines.
@@ -160,6 +169,15 @@ impl CloudHypervisor {
         let errors = Some(words.writer().map_err(words_failed)?);
         let console = Console::new(spec.vmm_log.clone(), Some(words));
 
+        // Beside its disks it writes nothing but its own words.
+        let limits = limits(self.jail.options(), spec, 0);
+        let restraint = self
+            .jail
+            .restrain_only(
+                &limits,
+                "Cloud Hypervisor is not put into the jail by this version",
+            )
+            .map_err(|error| VmmError::Unavailable(error.to_string()))?;
         let program = binary.path.clone();
         let spawned = tokio::task::spawn_blocking(move || {
             spawn_detached(Detached {
@@ -170,13 +188,15 @@ impl CloudHypervisor {
                 errors,
                 keep: &keep,
                 forbid_holes: false,
+                jail: None,
+                restraint,
             })
         })
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let pid = spawned.map_err(io_error("cannot start", &binary.path))?;
+        let spawned = spawned.map_err(io_error("cannot start", &binary.path))?;
         let failed = || VmmError::StartFailed(console.tail_since(log_start));
-        let process = match ProcessHandle::of_child(pid) {
+        let process = match ProcessHandle::of_child(spawned.pid) {
             Ok(process) => Arc::new(process),
             Err(error) => {
                 tracing::debug!(%error, "Cloud Hypervisor ended before it could be looked at");
@@ -208,14 +228,10 @@ impl CloudHypervisor {
         guard.forget();
         made.keep();
         let identity = identity_of(&binary);
-        Ok(CloudHypervisorMachine::new(
-            control,
-            spec,
-            console,
-            workload_log,
-            Some(identity),
-            Some(memory),
-        ))
+        Ok(
+            CloudHypervisorMachine::new(control, spec, console, workload_log, Some(identity), Some(memory))
+                .in_jail(spawned.jail),
+        )
     }
 }
 

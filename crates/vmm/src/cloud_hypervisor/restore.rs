@@ -26,7 +26,7 @@ use super::control::Control;
 use super::state::{self, Captured, PAGE, StateError};
 use crate::memory::locate::Signature;
 use crate::spec::text;
-use crate::{GuestMemory, MachineSpec, MemoryBacking, Patch, VmmError};
+use crate::{GuestMemory, MachineSpec, MemoryBacking, Patch, VmmError, VmmKind};
 
 /// How long the loading may take. It takes 20 ms on an idle host.
 const LOAD_DEADLINE: Duration = Duration::from_secs(60);
@@ -78,6 +78,12 @@ impl Prepared {
         let mark = match spec.memory {
             MemoryBacking::Anonymous => Some(Mark::new(&captured.facts.pages).map_err(failed)?),
             MemoryBacking::Private(_) => None,
+            MemoryBacking::Served(_) => {
+                return Err(VmmError::Unsupported {
+                    kind: VmmKind::CloudHypervisor,
+                    feature: "memory that a page server fills",
+                });
+            }
         };
         // Without a patch the file behind memory has it all.
         let filled = match has_patch || mark.is_some() {
@@ -123,7 +129,9 @@ impl Prepared {
                     bytes: &mark.bytes,
                 }),
                 (None, MemoryBacking::Private(file)) => Search::File(file),
-                (None, MemoryBacking::Anonymous) => return Err(io::Error::other("nothing marks its memory")),
+                (None, MemoryBacking::Anonymous | MemoryBacking::Served(_)) => {
+                    return Err(io::Error::other("nothing marks its memory"));
+                }
             };
             let memory = capture::find_memory(&spec, &process, &search)?;
             if let Some(mark) = &self.mark {

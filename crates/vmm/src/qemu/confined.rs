@@ -77,7 +77,7 @@ pub(super) fn prepare(
             file: File::open(path).map_err(io_error("cannot open", path))?,
             path: path.clone(),
         }),
-        MemoryBacking::Anonymous => None,
+        MemoryBacking::Anonymous | MemoryBacking::Served(_) => None,
     };
 
     let pid_file = machine.runtime_directory.join(PID_FILE);
