@@ -183,8 +183,8 @@ pub(super) fn privileges() -> Check {
 }
 
 /// Builds a jail and executes nothing in it.
-pub(super) async fn jail(values: &Values) -> Check {
-    let options = match options::vmm(values, None) {
+pub(super) async fn jail(values: &Values, data: &Path) -> Check {
+    let options = match options::vmm(values, data, None) {
         Ok(options) => options.jail,
         Err(failure) => return misconfigured("jail", &failure),
     };

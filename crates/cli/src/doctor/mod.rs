@@ -129,7 +129,7 @@ pub(crate) async fn examine(subject: &Subject) -> Result<Vec<Check>, CliError> {
     checks.push(host::kernel(&values, &data).await);
     checks.push(host::network(&values).await);
     checks.push(host::privileges());
-    checks.push(host::jail(&values).await);
+    checks.push(host::jail(&values, &data).await);
     checks.push(host::cgroups());
     checks.push(host::open_files());
     checks.extend(storage::examine(&values, &data));
