@@ -7,6 +7,7 @@
 // The lints' exception for tests does not reach helpers of integration tests; not every test uses every helper.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+pub mod cloud_hypervisor;
 pub mod machines;
 
 use std::{
