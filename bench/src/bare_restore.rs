@@ -12,7 +12,8 @@ use hypeman_guest_api::host::{ExecOutput, GuestClient};
 use hypeman_guest_api::{AgentKey, ExecRequest};
 use hypeman_store::{Store, StoreError};
 use hypeman_vmm::{
-    AgentChannel, Disk, Machine, MachineSpec, MemoryBacking, Restore, Vmm, VmmKind, VmmOptions, Vmms,
+    AgentChannel, Disk, Machine, MachineSpec, MemoryBacking, Restore, StateIdentity, Vmm, VmmKind,
+    VmmOptions, Vmms,
 };
 use serde_json::Value;
 use tokio::net::UnixStream;
@@ -41,6 +42,7 @@ pub struct BareRestore<'a> {
     spec: MachineSpec,
     overlay: PathBuf,
     devices: Vec<u8>,
+    identity: StateIdentity,
     key: AgentKey,
     /// Where its memory lies.
     pub memory: PathBuf,
@@ -92,6 +94,10 @@ impl BareVmms {
         let directory = data.join("snapshots").join(snapshot);
         let devices = std::fs::read(directory.join("devices.state"))
             .map_err(|error| BenchError::io("read a device state", error))?;
+        let manifest = std::fs::read(directory.join("manifest.json"))
+            .map_err(|error| BenchError::io("read a manifest", error))?;
+        let manifest: Value = serde_json::from_slice(&manifest)?;
+        let identity: StateIdentity = serde_json::from_value(manifest["facts"]["identity"].clone())?;
         let digest = text(&source["image_digest"]);
         let root = digest.rsplit(':').next().unwrap_or_default().to_owned();
         let spec = MachineSpec {
@@ -109,6 +115,8 @@ impl BareVmms {
                 limit: None,
             }],
             nic: None,
+            hotplug_bytes: 0,
+            host_devices: Vec::new(),
             workload_log: PathBuf::new(),
             vmm_log: PathBuf::new(),
         };
@@ -118,6 +126,7 @@ impl BareVmms {
             spec,
             overlay: directory.join("overlay.raw"),
             devices,
+            identity,
             key: key(&text(&record["memory"]["agent_key"]))?,
             memory,
         })
@@ -138,6 +147,7 @@ impl BareRestore<'_> {
             let running = specs.into_iter().map(|spec| {
                 let (vmm, key) = (Arc::clone(&self.vmm), self.key.clone());
                 let restore = Restore {
+                    identity: self.identity.clone(),
                     device_state: self.devices.clone(),
                     patch: None,
                 };
