@@ -12,6 +12,7 @@
 //! - A byte is acknowledged only after it is in the file, and written once: see
 //!   [`hypeman_guest_api::workload_log`] for how both ends find each other again.
 //! - One connection counts, the newest that has said a proper HELLO. One more may be about to say it.
+//! - One of us writes to a log: whoever comes later in this process takes over, and the server's lock keeps others out.
 //! - Of a guest at most one block is held in memory.
 
 mod record;
@@ -20,11 +21,12 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::future::{Future, pending};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use hypeman_guest_api::workload_log::{HELLO, Hello, acknowledgement};
@@ -58,13 +60,13 @@ pub struct WorkloadLog {
 }
 
 impl WorkloadLog {
-    /// Listens at `socket`, to which the VMM connects for the guest, and appends to `log`. Needs a runtime. An earlier
-    /// one for the same log must have been dropped.
+    /// Listens at `socket`, to which the VMM connects for the guest, and appends to `log`. Needs a runtime. Takes over
+    /// from an earlier one for the same log, which writes nothing from then on.
     ///
     /// # Errors
     /// The socket or the files can't be made.
     pub fn listen(socket: &Path, log: &Path) -> Result<WorkloadLog, VmmError> {
-        let writer = Arc::new(Mutex::new(Writer::open(log)?));
+        let writer = take_over(log)?;
         match std::fs::remove_file(socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(io_error("cannot remove", socket)(error));
@@ -90,6 +92,7 @@ impl WorkloadLog {
     ///
     /// # Errors
     /// The new file can't be made; the old one is continued then. Or it could not be named: then another call does.
+    /// [`VmmError::Gone`] when another has taken over.
     pub async fn reopen(&self) -> Result<(), VmmError> {
         with(&self.writer, Writer::reopen)
             .await
@@ -115,6 +118,21 @@ impl Drop for WorkloadLog {
             let _ = std::fs::remove_file(&self.socket);
         }
     }
+}
+
+/// Who writes to which log.
+static WRITERS: Mutex<BTreeMap<PathBuf, Weak<Mutex<Writer>>>> = Mutex::new(BTreeMap::new());
+
+/// The machine that an earlier one wrote for has ended, but somebody may hold on to its handle still.
+fn take_over(log: &Path) -> Result<Arc<Mutex<Writer>>, VmmError> {
+    let mut writers = WRITERS.lock().unwrap_or_else(PoisonError::into_inner);
+    writers.retain(|_, writer| writer.strong_count() > 0);
+    if let Some(earlier) = writers.get(log).and_then(Weak::upgrade) {
+        lock(&earlier).close();
+    }
+    let writer = Arc::new(Mutex::new(Writer::open(log)?));
+    writers.insert(log.to_owned(), Arc::downgrade(&writer));
+    Ok(writer)
 }
 
 fn lock(writer: &Mutex<Writer>) -> MutexGuard<'_, Writer> {

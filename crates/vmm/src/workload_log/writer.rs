@@ -44,6 +44,7 @@ pub(super) struct Writer {
     written: Option<Position>,
     turn: Option<Turn>,
     turns: u64,
+    closed: bool,
 }
 
 impl Writer {
@@ -75,11 +76,15 @@ impl Writer {
             written,
             turn: None,
             turns: 0,
+            closed: false,
         })
     }
 
     /// Makes a connection the one that counts: its number, and the answer to its guest.
     pub(super) fn begin(&mut self, hello: &Hello) -> io::Result<(u64, [u8; START])> {
+        if self.closed {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         let token = fresh_token()?;
         let offset = workload_log::resume(self.written, hello);
         self.turns += 1;
@@ -94,8 +99,9 @@ impl Writer {
         &self.path
     }
 
-    /// No connection counts from here on.
+    /// Nothing is written from here on: the file is another's.
     pub(super) fn close(&mut self) {
+        self.closed = true;
         self.turn = None;
     }
 
@@ -130,6 +136,9 @@ impl Writer {
 
     /// Continues in a fresh file, after the caller renamed the old one.
     pub(super) fn reopen(&mut self) -> Result<(), VmmError> {
+        if self.closed {
+            return Err(VmmError::Gone);
+        }
         let fresh = beside(&self.path, ".new");
         let log = append_only(&fresh)?;
         if let Some(written) = self.written {

@@ -164,6 +164,25 @@ async fn a_newer_connection_replaces_an_older_one() {
 }
 
 #[tokio::test]
+async fn whoever_listens_later_takes_over() {
+    let place = Place::new();
+    let earlier = place.listen();
+    let mut guest = place.guest();
+    guest.fill(HELD);
+    guest.some_steps(3).await;
+    // Its machine has ended, but its handle is not dropped yet.
+    let _log = place.listen();
+    let refused = earlier.reopen().await;
+    assert!(matches!(refused, Err(VmmError::Gone)));
+    guest.deliver().await;
+    drop(earlier);
+    guest.fill(100_000);
+    guest.deliver().await;
+    assert!(place.socket().exists());
+    assert!(place.content() == guest.printed);
+}
+
+#[tokio::test]
 async fn a_lying_guest_spoils_nothing_but_its_own_log() {
     let place = Place::new();
     let _log = place.listen();
