@@ -11,7 +11,9 @@ mod lab;
 
 use std::time::{Duration, Instant};
 
-use hypeman_vmm::{Capabilities, ExitKind, IoLimit, MemoryBacking, Restore, RunState, VmmError, VmmKind};
+use hypeman_vmm::{
+    Capabilities, ExitKind, Feature, IoLimit, MemoryBacking, Restore, RunState, VmmError, VmmKind,
+};
 
 use lab::captured::{Captured, capture, digest, number, take};
 use lab::{Agent, Lab, PATIENCE, Running, ended};
@@ -19,13 +21,17 @@ use lab::{Agent, Lab, PATIENCE, Running, ended};
 const KIND: VmmKind = VmmKind::CloudHypervisor;
 
 /// `None`, with the reason printed, where this host's KVM does not give what a capture needs.
-async fn captured(machine: &Running) -> Option<Captured> {
+async fn captured(lab: &Lab, machine: &Running) -> Option<Captured> {
     machine.pause().await.unwrap();
     match machine.save_devices().await {
         Err(VmmError::Refused { message, .. }) if message.contains("nested guest state") => {
             println!(
                 "SKIPPED: this host's KVM has no state of nested guests, without which nothing is captured"
             );
+            let Capabilities::Available { features, .. } = lab.driver(KIND).capabilities().await else {
+                panic!("it was just used")
+            };
+            assert!(!features.contains(&Feature::Snapshots), "{features:?}");
             None
         }
         outcome => {
@@ -154,19 +160,20 @@ async fn a_machine_goes_on_where_it_was_and_its_forks_do_not_disturb_each_other(
     spec.disks = vec![lab.disk("source-disk", 8)];
     let source = lab.launch(KIND, &spec).await;
     let mut agent = Agent::connect(&*source).await;
-    agent.ask("dirty 40").await;
+    agent.ask("dirty 16").await;
     let checksum = agent.ask("checksum").await;
-    agent.ask("count").await;
-    while number(&mut agent, "counter").await < 20 {}
+    // Seldom: where a guest's kernel is slow, its clock alone keeps a core busy.
+    agent.ask("count 200").await;
+    while number(&mut agent, "counter").await < 5 {}
 
-    let Some(captured) = captured(&source).await else {
+    let Some(captured) = captured(&lab, &source).await else {
         return;
     };
     assert!(
-        number(&mut agent, "counter").await >= 20,
+        number(&mut agent, "counter").await >= 5,
         "the connection survives a capture"
     );
-    assert!(captured.bytes() >= 40 << 20);
+    assert!(captured.bytes() >= 16 << 20);
     let identity = driver.state_identities().await.unwrap().remove(0);
     assert_eq!(source.state_identity(), Some(&identity));
     let base = lab.directory.path().join("base");
@@ -197,7 +204,7 @@ async fn a_machine_goes_on_where_it_was_and_its_forks_do_not_disturb_each_other(
                 spec.id,
                 start.elapsed()
             );
-            assert!(counter >= 20);
+            assert!(counter >= 5);
             assert!(number(&mut agent, "counter").await >= counter);
             (machine, agent, spec)
         }
@@ -217,9 +224,9 @@ async fn a_machine_goes_on_where_it_was_and_its_forks_do_not_disturb_each_other(
     }
     assert_eq!(agent.ask("checksum").await, checksum);
 
-    // A fork that writes 20 MiB changes that much of its own memory, and the base not at all.
+    // A fork that writes 8 MiB changes that much of its own memory, and the base not at all.
     let (fork, agent, _) = &mut forks[0];
-    agent.ask("dirty 20").await;
+    agent.ask("dirty 8").await;
     let two = agent.ask("checksum").await;
     let delta = capture(&**fork).await;
     println!(
@@ -227,27 +234,35 @@ async fn a_machine_goes_on_where_it_was_and_its_forks_do_not_disturb_each_other(
         delta.bytes() >> 20,
         captured.bytes() >> 20
     );
-    assert!(delta.bytes() >= 20 << 20 && delta.bytes() < captured.bytes() / 2 + (20 << 20));
+    assert!(delta.bytes() >= 8 << 20 && delta.bytes() < captured.bytes() / 2 + (8 << 20));
     assert_eq!(digest(&base), before);
 
     // Base and delta make the fork again; so does memory without any file, with all of it.
     let (again, mut agent, _) = restored("again", private(), &delta, true).await;
     assert_eq!(agent.ask("checksum").await, two);
-    assert!(number(&mut agent, "counter").await > 20);
+    assert!(number(&mut agent, "counter").await > 5);
     let (whole, mut agent, _) = restored("whole", MemoryBacking::Anonymous, &captured, true).await;
     assert_eq!(agent.ask("checksum").await, checksum);
     assert!(!whole.guest_memory().await.unwrap().is_private_mapping());
 
     // Another server takes a fork back, and it can be captured like any other.
-    let (fork, _, spec) = &forks[1];
-    let adopted = Running::of(driver.adopt(spec, fork.process(), Some(&identity)).await.unwrap());
+    let [first, (fork, agent, spec), third] = forks;
+    drop(agent);
+    let adopted = Running::of(
+        driver
+            .adopt(&spec, fork.process(), Some(&identity))
+            .await
+            .unwrap(),
+    );
     assert_eq!(adopted.state_identity(), Some(&identity));
     let mut agent = Agent::connect(&*adopted).await;
     assert_eq!(agent.ask("checksum").await, checksum);
     let delta = capture(&*adopted).await;
     assert!(delta.bytes() < 30 << 20, "{}", delta.bytes());
     assert_eq!(digest(&base), before);
-    for (machine, _, spec) in forks {
+    adopted.kill().await.unwrap();
+    assert_nothing_is_left(&lab, &spec);
+    for (machine, _, spec) in [first, third] {
         machine.kill().await.unwrap();
         assert_nothing_is_left(&lab, &spec);
     }
@@ -264,7 +279,7 @@ async fn what_is_no_device_state_is_refused_and_leaves_nothing() {
     let driver = lab.driver(KIND);
     let source = lab.launch(KIND, &lab.vsock_spec("whole")).await;
     Agent::connect(&*source).await.ask("ping").await;
-    let Some(captured) = captured(&source).await else {
+    let Some(captured) = captured(&lab, &source).await else {
         return;
     };
     source.kill().await.unwrap();
@@ -517,7 +532,7 @@ async fn memory_above_the_hole_of_devices_is_captured_too() {
     // Linux gives out high memory first, so this lies above 4 GiB.
     agent.ask("dirty 64").await;
     let checksum = agent.ask("checksum").await;
-    let Some(captured) = captured(&source).await else {
+    let Some(captured) = captured(&lab, &source).await else {
         return;
     };
     assert_eq!(captured.length, 5 << 30);
@@ -565,6 +580,55 @@ async fn a_limited_disk_is_slower_than_its_guest_would_like() {
     // A bucket that lets more through than promised is the only failure; a busy host is not.
     assert!(taken > Duration::from_secs(5), "{taken:?}");
     machine.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_and_disks_change_while_a_machine_runs() {
+    let Some(lab) = Lab::cloud_hypervisor() else {
+        return;
+    };
+    let mut spec = lab.vsock_spec("changes");
+    spec.hotplug_bytes = 256 << 20;
+    spec.disks = vec![lab.disk("first", 2)];
+    let machine = lab.launch(KIND, &spec).await;
+    let mut agent = Agent::connect(&*machine).await;
+    let kibibytes = |line: String| -> u64 { line.split_whitespace().nth(1).unwrap().parse().unwrap() };
+    let before = kibibytes(agent.ask("memory").await);
+    let adjust = machine.adjust().unwrap();
+
+    adjust.resize_disk(0, 6 << 20).await.unwrap();
+    assert_eq!(std::fs::metadata(&spec.disks[0].path).unwrap().len(), 6 << 20);
+    while agent.ask("disks").await != (6 << 20).to_string() {}
+    println!("the guest sees the larger disk");
+    adjust.set_memory(spec.memory_bytes + (128 << 20)).await.unwrap();
+    while kibibytes(agent.ask("memory").await) < before + (100 << 10) {}
+    println!("the guest has more memory");
+    adjust.set_balloon(32 << 20).await.unwrap();
+    adjust.set_balloon(0).await.unwrap();
+    let second = lab.disk("second", 3);
+    adjust.attach_disk(1, &second).await.unwrap();
+    assert!(matches!(
+        adjust.attach_disk(1, &second).await,
+        Err(VmmError::Refused { .. })
+    ));
+    adjust.detach_disk(1).await.unwrap();
+    assert!(matches!(
+        adjust.detach_disk(7).await,
+        Err(VmmError::Refused { .. })
+    ));
+    // More than was promised.
+    let too_much = spec.memory_bytes + (512 << 20);
+    assert!(matches!(
+        adjust.set_memory(too_much).await,
+        Err(VmmError::Refused { .. })
+    ));
+    machine.pause().await.unwrap();
+    assert!(matches!(
+        machine.save_devices().await,
+        Err(VmmError::Unsupported { .. })
+    ));
+    machine.kill().await.unwrap();
+    assert_nothing_is_left(&lab, &spec);
 }
 
 fn kill(machine: &Running, signal: &str) {

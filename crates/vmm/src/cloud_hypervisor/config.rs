@@ -61,11 +61,6 @@ pub(super) enum Start {
     },
 }
 
-/// The way in which it asks for pages is not one that a pager speaks.
-pub(super) fn asks_nobody() -> VmmError {
-    VmmError::InvalidSpec("Cloud Hypervisor asks no pager for the pages of its guest".to_owned())
-}
-
 /// Guest memory in bytes, as the machine has it.
 pub(super) fn memory_bytes(spec: &MachineSpec) -> u64 {
     spec.memory_bytes.next_multiple_of(MEBIBYTE)

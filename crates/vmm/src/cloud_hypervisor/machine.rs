@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use hypeman_guest_api::AGENT_VSOCK_PORT;
 use tokio::sync::OnceCell;
 
+use super::CannotSave;
 use super::capture::{self, PLACE_FILE};
 use super::config::{API_SOCKET, BOOT_KERNEL, VSOCK_SOCKET};
 use super::control::Control;
@@ -23,6 +24,8 @@ use crate::{
 
 /// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
 const LOG_GRACE: Duration = Duration::from_secs(1);
+/// What it says where KVM keeps no state of guests within guests, and so none of its own either.
+const NESTED_STATE: &str = "nested guest state";
 /// Where the process writes the console.
 const STANDARD_OUTPUT: i32 = 1;
 
@@ -36,6 +39,7 @@ pub(super) struct CloudHypervisorMachine {
     identity: Option<StateIdentity>,
     memory: OnceCell<GuestMemory>,
     jail: Option<JailReport>,
+    cannot_save: CannotSave,
     killed: AtomicBool,
 }
 
@@ -47,6 +51,7 @@ impl CloudHypervisorMachine {
         workload_log: WorkloadLog,
         identity: Option<StateIdentity>,
         memory: Option<GuestMemory>,
+        cannot_save: CannotSave,
     ) -> Self {
         Self {
             control,
@@ -56,6 +61,7 @@ impl CloudHypervisorMachine {
             identity,
             memory: OnceCell::new_with(memory),
             jail: None,
+            cannot_save,
             killed: AtomicBool::new(false),
         }
     }
@@ -149,7 +155,13 @@ impl Machine for CloudHypervisorMachine {
             });
         }
         let memory = self.guest_memory().await?;
-        capture::save_devices(&self.control, &self.spec.runtime_directory, memory).await
+        let saved = capture::save_devices(&self.control, &self.spec.runtime_directory, memory).await;
+        if let Err(VmmError::Refused { message, .. }) = &saved
+            && message.contains(NESTED_STATE)
+        {
+            self.cannot_save.store(true, Ordering::Relaxed);
+        }
+        saved
     }
 
     async fn prepare_disk_copies(&self, copies: &[DiskCopy]) -> Result<Box<dyn DiskCopies>, VmmError> {

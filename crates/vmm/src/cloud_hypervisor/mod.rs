@@ -26,6 +26,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -67,7 +68,12 @@ pub(crate) struct CloudHypervisor {
     binaries: Binaries,
     gate: KvmGate,
     jail: Arc<Jail>,
+    cannot_save: CannotSave,
 }
+
+/// Set once this host's KVM has shown that it does not give all that a device state needs. It is not asked before: only
+/// Cloud Hypervisor knows what it will want.
+type CannotSave = Arc<AtomicBool>;
 
 impl CloudHypervisor {
     pub(crate) fn new(
@@ -84,7 +90,12 @@ impl CloudHypervisor {
             search_path,
             options.versions_directory.as_deref(),
         );
-        Self { binaries, gate, jail }
+        Self {
+            binaries,
+            gate,
+            jail,
+            cannot_save: CannotSave::default(),
+        }
     }
 
     /// The binary for new machines.
@@ -228,10 +239,16 @@ impl CloudHypervisor {
         guard.forget();
         made.keep();
         let identity = identity_of(&binary);
-        Ok(
-            CloudHypervisorMachine::new(control, spec, console, workload_log, Some(identity), Some(memory))
-                .in_jail(spawned.jail),
-        )
+        let machine = CloudHypervisorMachine::new(
+            control,
+            spec,
+            console,
+            workload_log,
+            Some(identity),
+            Some(memory),
+            Arc::clone(&self.cannot_save),
+        );
+        Ok(machine.in_jail(spawned.jail))
     }
 }
 
@@ -246,7 +263,7 @@ impl Vmm for CloudHypervisor {
             Ok(binary) => Capabilities::Available {
                 version: binary.version.to_string(),
                 accelerator: Accelerator::Kvm,
-                features: features(binary.version),
+                features: features(binary.version, self.cannot_save.load(Ordering::Relaxed)),
             },
             Err(error) => Capabilities::Unavailable {
                 reason: error.to_string(),
@@ -301,6 +318,7 @@ impl Vmm for CloudHypervisor {
             workload_log,
             identity.cloned(),
             None,
+            Arc::clone(&self.cannot_save),
         )))
     }
 
@@ -356,7 +374,7 @@ fn abilities(version: Version) -> Abilities {
     }
 }
 
-fn features(version: Version) -> Vec<Feature> {
+fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
     let mut features = vec![
         Feature::Snapshots,
         Feature::Standby,
@@ -370,6 +388,9 @@ fn features(version: Version) -> Vec<Feature> {
     ];
     if abilities(version).balloon {
         features.push(Feature::BalloonControl);
+    }
+    if cannot_save {
+        features.retain(|feature| !matches!(feature, Feature::Snapshots | Feature::Standby | Feature::Fork));
     }
     features.sort();
     features

@@ -40,7 +40,11 @@ pub(crate) fn limits(options: &JailOptions, spec: &MachineSpec, written: u64) ->
         .filter(|rates| !rates.is_empty())
         .map(|rates| rates.iter().fold(0, |sum: u64, rate| sum.saturating_add(*rate)));
     Limits {
-        memory_bytes: Some(spec.memory_bytes.saturating_add(options.memory_overhead)),
+        memory_bytes: Some(
+            spec.memory_bytes
+                .saturating_add(spec.hotplug_bytes)
+                .saturating_add(options.memory_overhead),
+        ),
         // One more for the VMM's own threads.
         processors: Some(spec.cpus.saturating_add(1)),
         processes: Some(options.processes),
@@ -71,6 +75,8 @@ mod tests {
             cpus: 2,
             memory_bytes: 1 << 30,
             memory: MemoryBacking::Anonymous,
+            hotplug_bytes: 0,
+            host_devices: Vec::new(),
             kernel: "/kernel".into(),
             initramfs: "/initramfs".into(),
             kernel_arguments: Vec::new(),

@@ -133,14 +133,14 @@ fn port(name: &str) -> File {
     }
 }
 
-/// A counter that goes up a thousand times a second, and keeps every value it had in a memory of its own.
+/// A counter that goes up every so many milliseconds, and keeps every value it had in a memory of its own.
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
-fn count() {
-    thread::spawn(|| {
+fn count(milliseconds: u64) {
+    thread::spawn(move || {
         loop {
             COUNTER.fetch_add(1, Ordering::SeqCst);
-            thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(milliseconds));
         }
     });
 }
@@ -315,7 +315,7 @@ fn main() {
                 format!("{outcome:?}")
             }
             "count" => {
-                count();
+                count(number.max(1));
                 "counting".to_owned()
             }
             "counter" => COUNTER.load(Ordering::SeqCst).to_string(),
