@@ -65,6 +65,9 @@ pub(crate) struct Binary {
     pub(crate) version: Version,
 }
 
+/// What a binary was when it was asked, and what it is, or why it is of no use.
+type Asked = (Stamp, Result<Version, String>);
+
 /// How a kind of VMM is found.
 #[derive(Debug)]
 pub(crate) struct Binaries {
@@ -78,7 +81,7 @@ pub(crate) struct Binaries {
     search_path: Vec<PathBuf>,
     /// Has a directory for each version.
     versions: Option<PathBuf>,
-    known: Mutex<HashMap<PathBuf, (Stamp, Result<Version, String>)>>,
+    known: Mutex<HashMap<PathBuf, Asked>>,
 }
 
 impl Binaries {

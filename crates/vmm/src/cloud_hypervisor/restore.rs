@@ -26,7 +26,7 @@ use super::control::Control;
 use super::state::{self, Captured, PAGE, StateError};
 use crate::memory::locate::Signature;
 use crate::spec::text;
-use crate::{GuestMemory, MachineSpec, MemoryBacking, Patch, VmmError};
+use crate::{GuestMemory, MachineSpec, MemoryBacking, Patch, VmmError, VmmKind};
 
 /// How long the loading may take. It takes 20 ms on an idle host.
 const LOAD_DEADLINE: Duration = Duration::from_secs(60);
@@ -78,7 +78,12 @@ impl Prepared {
         let mark = match spec.memory {
             MemoryBacking::Anonymous => Some(Mark::new(&captured.facts.pages).map_err(failed)?),
             MemoryBacking::Private(_) => None,
-            MemoryBacking::Served(_) => return Err(config::asks_nobody()),
+            MemoryBacking::Served(_) => {
+                return Err(VmmError::Unsupported {
+                    kind: VmmKind::CloudHypervisor,
+                    feature: "memory that a page server fills",
+                });
+            }
         };
         // Without a patch the file behind memory has it all.
         let filled = match has_patch || mark.is_some() {

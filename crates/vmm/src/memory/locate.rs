@@ -114,12 +114,7 @@ pub(crate) fn served(process: &ProcessHandle, lengths: &[u64]) -> io::Result<Vec
     }
     // The kernel maps downwards, so the first one ends its block.
     let exact = blocks.iter().find(|block| block.end - block.start == *first);
-    let largest = || {
-        blocks
-            .iter()
-            .filter(|block| block.end - block.start > *first)
-            .last()
-    };
+    let largest = || blocks.iter().rfind(|block| block.end - block.start > *first);
     let block = exact
         .or_else(largest)
         .ok_or_else(|| not_found("nobody serves its pages"))?;

@@ -66,7 +66,13 @@ VmFlags: rd mr
     #[test]
     fn what_is_served_is_told_by_its_flag() {
         let served = ranges(SMAPS.as_bytes()).unwrap();
-        assert_eq!(served, [0x1000..0x4000]);
+        assert_eq!(
+            served,
+            vec![std::ops::Range {
+                start: 0x1000,
+                end: 0x4000
+            }]
+        );
         let segment = |address, length| Segment { address, length };
         assert!(covers(&served, &segment(0x2000, 0x2000)));
         assert!(!covers(&served, &segment(0x3000, 0x2000)));

@@ -75,11 +75,11 @@ mod tests {
             cpus: 2,
             memory_bytes: 1 << 30,
             memory: MemoryBacking::Anonymous,
-            hotplug_bytes: 0,
-            host_devices: Vec::new(),
             kernel: "/kernel".into(),
             initramfs: "/initramfs".into(),
             kernel_arguments: Vec::new(),
+            hotplug_bytes: 0,
+            host_devices: Vec::new(),
             disks: vec![
                 Disk {
                     path: "/root-disk".into(),
