@@ -147,8 +147,9 @@ async fn gone(events: &mut broadcast::Receiver<PagerEvent>) -> Vec<String> {
     }
 }
 
-fn signal(pid: Option<i32>, signal: Signal) {
-    kill_process(Pid::from_raw(pid.unwrap()).unwrap(), signal).unwrap();
+fn signal(pid: i32, signal: Signal) {
+    assert_ne!(pid, rustix::process::getpid().as_raw_pid());
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
 #[tokio::test]

@@ -27,6 +27,11 @@ impl Audience {
         self.listeners().push(queue);
     }
 
+    /// Nobody hears any more. What waits in the queues is still written out.
+    pub(crate) fn leave(&self) {
+        self.listeners().clear();
+    }
+
     /// Tells all.
     pub(crate) fn tell(&self, event: Event) {
         let Ok(text) = serde_json::to_string(&Line::Event { event }) else {

@@ -52,7 +52,6 @@ struct Pending(HashMap<u64, oneshot::Sender<Result<Reply, Refused>>>);
 
 #[derive(Debug)]
 struct Shared {
-    pid: Option<i32>,
     pending: Mutex<Option<Pending>>,
     next: AtomicU64,
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
@@ -107,10 +106,8 @@ impl PagerClient {
     /// can only be told to [`drain`].
     pub async fn connect(socket: &Path, release: &str) -> Result<Self, PagerError> {
         let stream = connect(socket).await?;
-        let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (input, output) = stream.into_split();
         let shared = Arc::new(Shared {
-            pid,
             pending: Mutex::new(Some(Pending::default())),
             next: AtomicU64::new(1),
             writer: tokio::sync::Mutex::new(output),
@@ -124,6 +121,7 @@ impl PagerClient {
             hello: Hello {
                 protocol: PROTOCOL,
                 release: String::new(),
+                pid: 0,
                 draining: false,
                 machines: Vec::new(),
             },
@@ -157,10 +155,10 @@ impl PagerClient {
         &self.hello
     }
 
-    /// Its process.
+    /// Its process, as it says.
     #[must_use]
-    pub fn pid(&self) -> Option<i32> {
-        self.shared.pid
+    pub fn pid(&self) -> i32 {
+        self.hello.pid
     }
 
     /// Whether it can be relied on, now and later.

@@ -20,6 +20,9 @@ use crate::service::Service;
 /// Longest path of a socket address, with its terminating zero.
 const MAX_SOCKET_PATH: usize = 108;
 
+/// How long a server may take to hear one line.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+
 fn refuse(code: RefusedCode, message: impl Into<String>) -> Refused {
     Refused {
         code,
@@ -39,14 +42,18 @@ pub(crate) fn run(service: &Arc<Service>, stream: &UnixStream) -> io::Result<()>
     }
     let (queue, lines) = service.audience.line();
     let output = stream.try_clone()?;
+    output.set_write_timeout(Some(PATIENCE))?;
     let writer = std::thread::Builder::new()
         .name("answers".into())
         .spawn(move || write_lines(output, &lines))?;
     let outcome = read_calls(service, stream, &queue);
     drop(queue);
-    // The audience may still hold the queue's other end; the writer ends with the stream.
+    if service.is_ending() {
+        // The last events matter: they say that machines ended well.
+        let _ = writer.join();
+    }
+    // Otherwise the audience may still hold the queue's other end; the writer ends with the stream.
     let _ = stream.shutdown(std::net::Shutdown::Both);
-    drop(writer);
     outcome
 }
 

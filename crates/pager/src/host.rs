@@ -190,9 +190,13 @@ impl Pager {
                         tracing::warn!(%error, "an older pager does not drain");
                     }
                 }
+                // It ended before, or is ending just now.
                 Err(PagerError::Connect { source, .. })
                     if source.kind() == io::ErrorKind::ConnectionRefused =>
                 {
+                    let _ = std::fs::remove_file(&socket);
+                }
+                Err(PagerError::Gone(_)) => {
                     let _ = std::fs::remove_file(&socket);
                 }
                 Err(error) => {
@@ -299,18 +303,16 @@ impl Pager {
         loop {
             attempt += 1;
             let socket = self.spawn().map_err(PagerError::Start)?;
-            match PagerClient::connect(&socket, &self.options.release).await {
-                Err(PagerError::Gone(_) | PagerError::Connect { .. }) if attempt < ATTEMPTS => {
-                    let _ = std::fs::remove_file(&socket);
-                }
-                Err(PagerError::Gone(reason)) => {
-                    let _ = std::fs::remove_file(&socket);
-                    let log = self.options.log.display();
-                    let said =
-                        io::Error::other(format!("{reason}, as soon as it was started; {log} says why"));
-                    return Err(PagerError::Start(said));
-                }
+            let reason = match PagerClient::connect(&socket, &self.options.release).await {
+                Err(PagerError::Gone(reason)) => reason,
+                Err(PagerError::Connect { source, .. }) => source.to_string(),
                 other => return other,
+            };
+            let _ = std::fs::remove_file(&socket);
+            if attempt == ATTEMPTS {
+                let log = self.options.log.display();
+                let said = format!("{reason}, as soon as it was started; {log} says why");
+                return Err(PagerError::Start(io::Error::other(said)));
             }
         }
     }

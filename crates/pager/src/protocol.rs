@@ -121,6 +121,8 @@ pub struct Hello {
     pub protocol: u32,
     /// The release that started it.
     pub release: String,
+    /// Its process. The kernel would name whoever made the socket, which is the server.
+    pub pid: i32,
     /// Whether it takes no more machines.
     pub draining: bool,
     /// Machines that it knows.

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +29,8 @@ use crate::recorder::Recording;
 
 /// A machine's thread does little; this many bytes of stack are plenty.
 const STACK: usize = 512 * 1024;
+/// How long servers may take to hear the last events.
+const GOODBYE: Duration = Duration::from_secs(10);
 
 /// How a pager behaves.
 #[derive(Debug, Clone)]
@@ -55,6 +57,10 @@ pub(crate) struct Service {
     pub(crate) audience: Arc<Audience>,
     machines: Mutex<HashMap<String, Arc<Machine>>>,
     draining: AtomicBool,
+    /// Threads of machines that have not said their last word.
+    running: AtomicUsize,
+    /// No more is heard, and what was said is still written out.
+    ending: AtomicBool,
     servers: Mutex<HashMap<u64, UnixStream>>,
     /// Raised whenever something happened that may be the end.
     changed: OwnedFd,
@@ -83,6 +89,8 @@ pub fn serve(listener: UnixListener, options: ServiceOptions) -> std::io::Result
         audience: Arc::default(),
         machines: Mutex::default(),
         draining: AtomicBool::new(false),
+        running: AtomicUsize::new(0),
+        ending: AtomicBool::new(false),
         servers: Mutex::default(),
         changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         graduates: Mutex::default(),
@@ -102,10 +110,7 @@ pub fn serve(listener: UnixListener, options: ServiceOptions) -> std::io::Result
     let _ = std::fs::remove_file(&service.options.socket);
     service.draining.store(true, Ordering::SeqCst);
     service.machines().values().for_each(|machine| machine.stop());
-    for server in service.servers().values() {
-        // What was said before is still read; one that is gone already needs no end.
-        let _ = server.shutdown(std::net::Shutdown::Both);
-    }
+    service.say_goodbye();
     outcome
 }
 
@@ -132,12 +137,40 @@ impl Service {
         let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
     }
 
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+
+    /// Closes the connections when the last events are written out.
+    fn say_goodbye(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+        self.audience.leave();
+        for server in self.servers().values() {
+            // One that is gone already needs no end.
+            let _ = server.shutdown(std::net::Shutdown::Read);
+        }
+        let end = Instant::now() + GOODBYE;
+        while !self.servers().is_empty() && Instant::now() < end {
+            let mut descriptors = [PollFd::new(&self.changed, PollFlags::IN)];
+            let second = Timespec {
+                tv_sec: 1,
+                tv_nsec: 0,
+            };
+            let _ = poll(&mut descriptors, Some(&second));
+            let _ = rustix::io::read(&self.changed, &mut [0; 8]);
+        }
+    }
+
     fn accept(self: &Arc<Self>, listener: &UnixListener) -> std::io::Result<()> {
         let mut lonely_since = Some(Instant::now());
         loop {
             // Read before the machines: what was registered before it was told to drain is seen.
             let draining = self.is_draining();
-            let alive = self.machines().values().any(|machine| needs_us(&machine.state()));
+            let alive = {
+                // One that is being registered is started with the list held.
+                let _registering = self.machines();
+                self.running.load(Ordering::SeqCst) > 0
+            };
             if draining && !alive {
                 return Ok(());
             }
@@ -208,13 +241,19 @@ impl Service {
         working_set: Option<hypeman_snapshots::WorkingSet>,
     ) -> std::io::Result<()> {
         let (service, owned) = (Arc::clone(self), Arc::clone(machine));
-        thread::Builder::new()
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let spawned = thread::Builder::new()
             .name(format!("machine-{}", machine.id))
             .stack_size(STACK)
             .spawn(move || {
+                let _last = Last(&service);
                 crate::session::run(&owned, listener);
                 service.ended(&owned);
-            })?;
+            });
+        if let Err(error) = spawned {
+            self.running.fetch_sub(1, Ordering::SeqCst);
+            return Err(error);
+        }
         if let Some(set) = working_set {
             let owned = Arc::clone(machine);
             thread::Builder::new()
@@ -231,7 +270,6 @@ impl Service {
         if machine.state() != MachineState::Graduated {
             self.forget(machine);
         }
-        self.look_up();
     }
 
     pub(crate) fn forget(&self, machine: &Arc<Machine>) {
@@ -302,6 +340,7 @@ impl Service {
         Hello {
             protocol: PROTOCOL,
             release: self.options.release.clone(),
+            pid: rustix::process::getpid().as_raw_pid(),
             draining: self.is_draining(),
             machines: self.machines().values().map(|machine| machine.report()).collect(),
         }
@@ -328,9 +367,14 @@ impl Service {
     }
 }
 
-/// Whether a machine in this state would miss its pager.
-fn needs_us(state: &MachineState) -> bool {
-    !matches!(state, MachineState::Graduated | MachineState::Gone)
+/// The thread of a machine, until this is dropped.
+struct Last<'a>(&'a Service);
+
+impl Drop for Last<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+        self.0.look_up();
+    }
 }
 
 /// A server that is connected, until this is dropped.
