@@ -201,7 +201,8 @@ mod tests {
     fn what_cannot_be_executed_is_told_and_leaves_no_process() {
         let (started, _) = born("/no/such/program", &["x"]);
         assert_eq!(started.unwrap_err().raw_os_error(), Some(libc::ENOENT));
-        let (started, _) = born("/etc/hostname", &["x"]);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (started, _) = born(file.path().to_str().unwrap(), &["x"]);
         assert_eq!(started.unwrap_err().raw_os_error(), Some(libc::EACCES));
     }
 }
