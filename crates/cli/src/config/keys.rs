@@ -108,7 +108,7 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "hypervisor.firecracker.pager",
-        "auto",
+        "off",
         "restored memory of Firecracker is served page by page: auto (where it is compressed), off or always",
     ),
     key(

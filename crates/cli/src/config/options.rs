@@ -76,8 +76,8 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
 /// How restored memory is served.
 fn paging(values: &Values) -> Result<PagingOptions, CliError> {
     let mode = match values.text("hypervisor.firecracker.pager").as_deref() {
-        None | Some("auto") => PagingMode::Auto,
-        Some("off") => PagingMode::Off,
+        Some("auto") => PagingMode::Auto,
+        None | Some("off") => PagingMode::Off,
         Some("always") => PagingMode::Always,
         Some(other) => {
             return Err(CliError::usage(format!(
