@@ -22,6 +22,9 @@ use crate::{
     MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, disk_copies,
 };
 
+/// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
+const LOG_GRACE: Duration = Duration::from_secs(2);
+
 /// A live (or just ended) Firecracker process and our way to it.
 #[derive(Debug)]
 pub(super) struct FirecrackerMachine {
@@ -195,6 +198,8 @@ impl Machine for FirecrackerMachine {
 
     async fn exited(&self) {
         self.client.process().ended().await;
+        // The last lines are with us already, and on their way to the file.
+        let _ = tokio::time::timeout(LOG_GRACE, self.workload_log.settled()).await;
     }
 
     async fn exit_cause(&self) -> ExitCause {
