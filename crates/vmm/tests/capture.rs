@@ -334,9 +334,10 @@ async fn a_restored_machine_is_taken_back_by_another_server() {
     let Some(lab) = Lab::new() else { return };
     let (machine, spec) = plain_fork(&lab, VmmKind::QemuMicrovm, "taken").await;
     let identity = machine.process().clone();
+    let state = machine.state_identity().cloned();
     machine.abandon();
     let driver = lab.driver(VmmKind::QemuMicrovm);
-    let machine = Running::of(driver.adopt(&spec, &identity, None).await.unwrap());
+    let machine = Running::of(driver.adopt(&spec, &identity, state.as_ref()).await.unwrap());
     let mut agent = Agent::connect(&*machine).await;
     assert_eq!(agent.ask("ping").await, "pong");
     // It can be captured like any other, and its delta is small.
