@@ -371,12 +371,6 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// No byte is lost or written twice.
     async fn reopen_workload_log(&self) -> Result<(), VmmError>;
 
-    /// Whether the VMM writes its log to the file that it was started with for ever, so that
-    /// [`Machine::reopen_vmm_log`] is not possible and the file has to be emptied instead.
-    fn keeps_vmm_log(&self) -> bool {
-        false
-    }
-
     /// The same for the kernel console in the VMM log. What the VMM itself prints stays in the old file.
     async fn reopen_vmm_log(&self) -> Result<(), VmmError>;
 

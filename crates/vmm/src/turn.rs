@@ -22,6 +22,38 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
+use crate::VmmError;
+use crate::files::io_error;
+
+/// Where a VMM writes its console.
+const STANDARD_OUTPUT: i32 = 1;
+
+/// Gives the console's file of process `pid` its name back and moves what can be moved while it is written to. `None`:
+/// nothing is left to be done.
+pub(crate) async fn begin(pid: u32, path: &Path) -> Result<Option<Turn>, VmmError> {
+    let name = path.to_owned();
+    let moving = move || {
+        let Some(mut turn) = Turn::begin(pid, STANDARD_OUTPUT, &name)? else {
+            return Ok(None);
+        };
+        Ok((!turn.move_blocks()?).then_some(turn))
+    };
+    blocking(moving).await.map_err(io_error("cannot rotate", path))
+}
+
+/// Moves the rest, of a machine that stands still.
+pub(crate) async fn finish(turn: Turn, path: &Path) -> Result<(), VmmError> {
+    blocking(|| turn.finish())
+        .await
+        .map_err(io_error("cannot rotate", path))
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+}
+
 /// A rotation under way.
 #[derive(Debug)]
 pub(crate) struct Turn {

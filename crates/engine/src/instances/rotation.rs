@@ -14,10 +14,8 @@ use std::time::Duration;
 use super::driver::Driver;
 use super::logs::rotated;
 use super::table::Slot;
-use crate::blocking::blocking_io;
+use crate::LogOptions;
 use crate::shared::Shared;
-use crate::{EngineError, LogOptions};
-use hypeman_vmm::Machine;
 
 const LOGS: [&str; 3] = ["app.log", "vmm.log", "hypeman.log"];
 /// How often the logs of running machines are looked at: three cheap calls each.
@@ -46,16 +44,6 @@ impl Driver {
         let logs = self.shared.layout.logs(&self.record.id);
         for name in LOGS {
             let path = logs.join(name);
-            if let Some(run) = &self.run
-                && name == "vmm.log"
-                && run.machine.keeps_vmm_log()
-            {
-                let machine = Arc::clone(&run.machine);
-                if let Err(error) = empty(&machine, &path, &options).await {
-                    tracing::warn!(instance = %self.record.id, %error, "log not rotated");
-                }
-                continue;
-            }
             let renamed = match std::fs::metadata(&path) {
                 Ok(metadata) if metadata.len() <= options.max_size => continue,
                 Ok(_) => make_room(&path, &options),
@@ -83,50 +71,18 @@ impl Driver {
     }
 }
 
-/// Moves what a log holds to another file, where its writer cannot be told to use a fresh one. The writer stands still
-/// meanwhile, so nothing is lost or doubled.
-async fn empty(machine: &Arc<dyn Machine>, path: &Path, options: &LogOptions) -> Result<(), EngineError> {
-    let (path, options) = (path.to_owned(), *options);
-    match std::fs::metadata(&path) {
-        Ok(metadata) if metadata.len() > options.max_size => {}
-        _ => return Ok(()),
-    }
-    machine.pause().await?;
-    let moved = blocking_io("rotate a log", move || {
-        let fresh = path.with_extension("log.new");
-        std::fs::copy(&path, &fresh)?;
-        // In this order: a crash between two of them doubles lines and loses none.
-        if options.max_files > 0 {
-            move_up(&path, &options)?;
-            std::fs::rename(&fresh, rotated(&path, 1))?;
-        } else {
-            std::fs::remove_file(&fresh)?;
-        }
-        std::fs::File::options().write(true).open(&path)?.set_len(0)
-    })
-    .await;
-    machine.resume().await?;
-    moved
-}
-
 /// Renames the files of one log up by one; the oldest goes.
 fn make_room(path: &Path, options: &LogOptions) -> io::Result<()> {
     if options.max_files == 0 {
         return std::fs::remove_file(path);
     }
-    move_up(path, options)?;
-    std::fs::rename(path, rotated(path, 1))
-}
-
-/// Makes the first of the older files' names free.
-fn move_up(path: &Path, options: &LogOptions) -> io::Result<()> {
     for number in (1..options.max_files).rev() {
         match std::fs::rename(rotated(path, number), rotated(path, number + 1)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
     }
-    Ok(())
+    std::fs::rename(path, rotated(path, 1))
 }
 
 #[cfg(test)]

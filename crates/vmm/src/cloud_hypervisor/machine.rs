@@ -14,20 +14,17 @@ use super::config::{API_SOCKET, BOOT_KERNEL, VSOCK_SOCKET};
 use super::control::Control;
 use super::events::PIPE;
 use crate::console::Console;
-use crate::disk_copies;
 use crate::process::{Ended, resident_and_cpu};
-use crate::turn::Turn;
 use crate::{
     Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
     MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, WorkloadLog,
 };
+use crate::{disk_copies, turn};
 
 /// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
 const LOG_GRACE: Duration = Duration::from_secs(1);
 /// What it says where KVM keeps no state of guests within guests, and so none of its own either.
 const NESTED_STATE: &str = "nested guest state";
-/// Where the process writes the console.
-const STANDARD_OUTPUT: i32 = 1;
 
 /// A live (or just ended) Cloud Hypervisor process.
 #[derive(Debug)]
@@ -213,25 +210,11 @@ impl Machine for CloudHypervisorMachine {
 
     /// Cloud Hypervisor keeps its standard output, so the file gets its name back and its content goes to the other.
     async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
-        let path = self.console.path().to_owned();
-        let context = format!("cannot rotate {}", path.display());
-        let failed = |source| VmmError::Io {
-            context: context.clone(),
-            source,
-        };
-        let pid = self.process().pid;
-        let moving = blocking(move || {
-            let Some(mut turn) = Turn::begin(pid, STANDARD_OUTPUT, &path)? else {
-                return Ok(None);
-            };
-            Ok((!turn.move_blocks()?).then_some(turn))
-        });
-        let Some(turn) = moving.await.map_err(failed)? else {
+        let path = self.console.path();
+        let Some(turn) = turn::begin(self.process().pid, path).await? else {
             return Ok(());
         };
-        self.control
-            .while_paused(async { blocking(|| turn.finish()).await.map_err(failed) })
-            .await
+        self.control.while_paused(turn::finish(turn, path)).await
     }
 
     fn adjust(&self) -> Option<&dyn Adjust> {
@@ -245,12 +228,4 @@ impl Machine for CloudHypervisorMachine {
         }
         resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
-) -> std::io::Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
 }

@@ -20,6 +20,7 @@ use crate::workload_log::WorkloadLog;
 use crate::{
     AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
     MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, disk_copies,
+    turn,
 };
 
 /// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
@@ -219,15 +220,15 @@ impl Machine for FirecrackerMachine {
         self.workload_log.reopen().await
     }
 
-    fn keeps_vmm_log(&self) -> bool {
-        true
-    }
-
+    /// Firecracker keeps its standard output, so the file gets its name back and its content goes to the other.
     async fn reopen_vmm_log(&self) -> Result<(), VmmError> {
-        Err(VmmError::Unsupported {
-            kind: VmmKind::Firecracker,
-            feature: "another file for its console",
-        })
+        let Some(turn) = turn::begin(self.process().pid, self.console.path()).await? else {
+            return Ok(());
+        };
+        self.pause().await?;
+        let finished = turn::finish(turn, self.console.path()).await;
+        self.resume().await?;
+        finished
     }
 
     fn stats(&self) -> Result<MachineStats, VmmError> {
