@@ -1,20 +1,26 @@
-//! Many clients at once that capture, fork, restore and delete in any order: no guest is lost, nothing that is needed
-//! goes, and nothing that nobody needs stays.
+//! Many clients at once that capture, fork, restore and delete in any order, while the server is killed now and then: no
+//! guest is lost, nothing that is needed goes, and nothing that nobody needs stays.
 //!
 //! The order is random. `STORY_SEED` repeats one, as far as the clients' races allow.
+//!
+//! A client whose connection broke does not know whether what it asked for was done. So the model has three parts: what
+//! is there, what is gone, and what may be either.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::future::join_all;
 use hypeman_tests::{Client, Reply, Server, eventually, have, skip_unless};
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::snapshots::{counting, goes_on};
 
-/// Clients, and what each of them does.
+/// Clients, and what each of them does in a round; all rounds but the last end with the server's death.
 const CLIENTS: u64 = 5;
-const STEPS: usize = 14;
+const STEPS: usize = 5;
+const ROUNDS: u64 = 4;
 /// So many of each kind; above that they are deleted.
 const INSTANCES: usize = 7;
 const SNAPSHOTS: usize = 8;
@@ -44,12 +50,18 @@ struct Told {
     snapshots: Vec<(String, String)>,
     deleted: BTreeSet<String>,
     forks: usize,
+    /// Instances and snapshots whose deletion was cut.
+    perhaps_deleted: BTreeSet<String>,
+    /// Captures and forks that were cut: so many more than told there may be.
+    perhaps_made: usize,
 }
 
 struct One {
     client: Client,
     told: Arc<Mutex<Told>>,
     dice: Dice,
+    /// The server died under this client.
+    cut: bool,
 }
 
 /// Done, or refused for what another client did; nothing else may come of it.
@@ -74,6 +86,40 @@ fn id_of(made: &Value) -> String {
 }
 
 impl One {
+    /// What came of a request: done, or not for what another client did. Without an answer the client is cut.
+    async fn ask(&mut self, what: &str, method: Method, path: &str, body: Option<Value>) -> Option<Value> {
+        let mut request = self.client.request(method, path);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let Some(reply) = self.client.try_send(request).await else {
+            self.cut = true;
+            return None;
+        };
+        done(what, &reply)
+    }
+
+    /// Asks for a new instance or snapshot; its id.
+    async fn make(&mut self, what: &str, path: &str, body: Value) -> Option<String> {
+        let made = self.ask(what, Method::POST, path, Some(body)).await;
+        if self.cut {
+            self.told().perhaps_made += 1;
+        }
+        made.as_ref().map(id_of)
+    }
+
+    /// Asks for the end of one; whether it is told to be gone.
+    async fn end(&mut self, what: &str, path: &str, id: &str) -> bool {
+        let ended = self.ask(what, Method::DELETE, path, None).await.is_some();
+        let mut told = self.told.lock().unwrap();
+        if self.cut {
+            told.perhaps_deleted.insert(id.to_owned());
+        } else if ended {
+            told.deleted.insert(id.to_owned());
+        }
+        ended
+    }
+
     fn told(&self) -> std::sync::MutexGuard<'_, Told> {
         self.told.lock().unwrap()
     }
@@ -119,84 +165,78 @@ impl One {
     async fn delete_instance(&mut self) {
         let Some(id) = self.an_instance() else { return };
         let path = format!("/instances/{id}?graceful_shutdown=false");
-        if done("delete an instance", &self.client.delete(&path).await).is_some() {
-            let mut told = self.told();
-            told.instances.retain(|known| *known != id);
-            told.deleted.insert(id);
+        if self.end("delete an instance", &path, &id).await {
+            self.told().instances.retain(|known| *known != id);
         }
     }
 
     async fn delete_snapshot(&mut self) {
         let Some((id, _)) = self.a_snapshot() else { return };
-        let reply = self.client.delete(&format!("/snapshots/{id}")).await;
-        if done("delete a snapshot", &reply).is_some() {
-            let mut told = self.told();
-            told.snapshots.retain(|(known, _)| *known != id);
-            told.deleted.insert(id);
+        if self
+            .end("delete a snapshot", &format!("/snapshots/{id}"), &id)
+            .await
+        {
+            self.told().snapshots.retain(|(known, _)| *known != id);
         }
     }
 
     async fn capture(&mut self) {
         let Some(id) = self.an_instance() else { return };
         let body = json!({"kind": "Standby", "compression": {"enabled": self.dice.roll(2) == 0}});
-        let reply = self
-            .client
-            .post(&format!("/instances/{id}/snapshots"), &body)
-            .await;
-        if let Some(made) = done("capture", &reply) {
-            self.told().snapshots.push((id_of(&made), id));
+        let path = format!("/instances/{id}/snapshots");
+        if let Some(made) = self.make("capture", &path, body).await {
+            self.told().snapshots.push((made, id));
         }
     }
 
     async fn fork_snapshot(&mut self) {
         let Some((id, _)) = self.a_snapshot() else { return };
         let body = json!({"name": self.fork_name()});
-        let reply = self.client.post(&format!("/snapshots/{id}/fork"), &body).await;
-        if let Some(made) = done("fork a snapshot", &reply) {
-            self.told().instances.push(id_of(&made));
+        let path = format!("/snapshots/{id}/fork");
+        if let Some(made) = self.make("fork a snapshot", &path, body).await {
+            self.told().instances.push(made);
         }
     }
 
     async fn fork_instance(&mut self) {
         let Some(id) = self.an_instance() else { return };
         let body = json!({"name": self.fork_name(), "from_running": true});
-        let reply = self.client.post(&format!("/instances/{id}/fork"), &body).await;
-        if let Some(made) = done("fork an instance", &reply) {
-            self.told().instances.push(id_of(&made));
+        let path = format!("/instances/{id}/fork");
+        if let Some(made) = self.make("fork an instance", &path, body).await {
+            self.told().instances.push(made);
         }
     }
 
     async fn standby_and_restore(&mut self) {
         let Some(id) = self.an_instance() else { return };
         let compression = json!({"compression": {"enabled": self.dice.roll(2) == 0, "algorithm": "lz4"}});
-        let standby = self
-            .client
-            .post(&format!("/instances/{id}/standby"), &compression)
-            .await;
-        done("standby", &standby);
-        let restore = self.client.post_empty(&format!("/instances/{id}/restore")).await;
-        done("restore", &restore);
+        let path = format!("/instances/{id}/standby");
+        self.ask("standby", Method::POST, &path, Some(compression)).await;
+        let path = format!("/instances/{id}/restore");
+        self.ask("restore", Method::POST, &path, None).await;
     }
 
     async fn rewind(&mut self) {
         let Some((id, source)) = self.a_snapshot() else {
             return;
         };
-        let standby = self
-            .client
-            .post_empty(&format!("/instances/{source}/standby"))
-            .await;
-        done("standby", &standby);
+        let path = format!("/instances/{source}/standby");
+        self.ask("standby", Method::POST, &path, None).await;
         let path = format!("/instances/{source}/snapshots/{id}/restore");
-        done("restore a snapshot", &self.client.post(&path, &json!({})).await);
+        self.ask("restore a snapshot", Method::POST, &path, Some(json!({})))
+            .await;
     }
 
     async fn look(&mut self) {
-        self.client.get("/snapshots").await.expect(200);
+        self.ask("list", Method::GET, "/snapshots", None).await;
         if let Some((id, _)) = self.a_snapshot() {
-            done("usage", &self.client.get(&format!("/snapshots/{id}/usage")).await);
-            let verified = self.client.post_empty(&format!("/snapshots/{id}/verify")).await;
-            if let Some(verified) = done("verify", &verified) {
+            let path = format!("/snapshots/{id}");
+            self.ask("usage", Method::GET, &format!("{path}/usage"), None)
+                .await;
+            let verified = self
+                .ask("verify", Method::POST, &format!("{path}/verify"), None)
+                .await;
+            if let Some(verified) = verified {
                 // One that is deleted meanwhile is read to its end.
                 assert_eq!(verified["state"], "intact", "{verified}");
             }
@@ -204,61 +244,51 @@ impl One {
     }
 }
 
-async fn ids(client: &Client, list: &str) -> BTreeSet<String> {
-    let listed = client.get(list).await.expect(200).json();
-    listed.as_array().unwrap().iter().map(id_of).collect()
+async fn list(client: &Client, path: &str) -> Vec<Value> {
+    let listed = client.get(path).await.expect(200).json();
+    listed.as_array().unwrap().clone()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn clients_that_delete_what_others_fork_and_restore_break_nothing() {
-    skip_unless!(have("busybox"), "needs busybox-static");
-    let seed = std::env::var("STORY_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or_else(|| u64::from(std::process::id()));
-    eprintln!("STORY_SEED={seed}");
-    let server = Server::start().await;
-    let client = server.client();
-    let image = server.busybox().await;
-    let told = Arc::new(Mutex::new(Told::default()));
-    for number in 0..3 {
-        let hypervisor = if number == 0 { "qemu-microvm" } else { "qemu" };
-        let name = format!("source-{number}");
-        let guest = counting(&server, &image, json!({"name": name, "hypervisor": hypervisor})).await;
-        told.lock().unwrap().instances.push(guest.id);
+impl Told {
+    /// Holds what is there against what clients were told, and learns what came of that which was cut.
+    async fn compare(&mut self, client: &Client) {
+        let (instances, snapshots) = (list(client, "/instances").await, list(client, "/snapshots").await);
+        let there: BTreeSet<String> = instances.iter().chain(&snapshots).map(id_of).collect();
+        let told = self
+            .instances
+            .iter()
+            .chain(self.snapshots.iter().map(|(id, _)| id));
+        let told: BTreeSet<String> = told.cloned().collect();
+        let lost: Vec<&String> = told.difference(&there).collect();
+        assert!(
+            lost.iter().all(|id| self.perhaps_deleted.contains(*id)),
+            "lost: {lost:?}, perhaps deleted: {:?}",
+            self.perhaps_deleted
+        );
+        let back: Vec<&String> = self.deleted.intersection(&there).collect();
+        assert!(back.is_empty(), "deleted and there: {back:?}");
+        let unheard = there.difference(&told).count();
+        assert!(
+            unheard <= self.perhaps_made,
+            "{unheard} that nobody made, of {} whose making was cut",
+            self.perhaps_made
+        );
+        self.instances = instances.iter().map(id_of).collect();
+        self.snapshots = snapshots
+            .iter()
+            .map(|snapshot| {
+                let source = snapshot["source_instance_id"].as_str().unwrap();
+                (id_of(snapshot), source.to_owned())
+            })
+            .collect();
+        self.perhaps_deleted.clear();
+        self.perhaps_made = 0;
     }
-    let clients = (0..CLIENTS).map(|number| {
-        let mut one = One {
-            client: client.clone(),
-            told: Arc::clone(&told),
-            dice: Dice(seed.wrapping_mul(1_000).wrapping_add(number)),
-        };
-        tokio::spawn(async move {
-            for _ in 0..STEPS {
-                one.step().await;
-            }
-        })
-    });
-    for ended in join_all(clients).await {
-        ended.unwrap();
-    }
+}
 
-    let told = Arc::into_inner(told).unwrap().into_inner().unwrap();
-    eprintln!(
-        "{} instances, {} snapshots, {} deleted",
-        told.instances.len(),
-        told.snapshots.len(),
-        told.deleted.len()
-    );
-    assert_eq!(
-        ids(client, "/instances").await,
-        told.instances.iter().cloned().collect(),
-        "what was made is there, what was deleted is not"
-    );
-    assert_eq!(
-        ids(client, "/snapshots").await,
-        told.snapshots.iter().map(|(id, _)| id.clone()).collect()
-    );
+/// All guests go on and all snapshots are whole.
+async fn all_is_well(server: &Server, told: &Told) {
+    let client = server.client();
     for (id, _) in &told.snapshots {
         let path = format!("/snapshots/{id}/verify");
         let verified = client.post_empty(&path).await.expect(200).json();
@@ -278,7 +308,70 @@ async fn clients_that_delete_what_others_fork_and_restore_break_nothing() {
         goes_on(&guest, 0).await;
     }
     assert_eq!(server.vmms().len(), told.instances.len());
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_delete_what_others_fork_and_restore_break_nothing() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let seed = std::env::var("STORY_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| u64::from(std::process::id()));
+    eprintln!("STORY_SEED={seed}");
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let told = Arc::new(Mutex::new(Told::default()));
+    for number in 0..3 {
+        let hypervisor = if number == 0 { "qemu-microvm" } else { "qemu" };
+        let name = format!("source-{number}");
+        let guest = counting(&server, &image, json!({"name": name, "hypervisor": hypervisor})).await;
+        told.lock().unwrap().instances.push(guest.id);
+    }
+    let mut death = Dice(seed);
+    for round in 0..ROUNDS {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|number| {
+                let mut one = One {
+                    client: server.client().clone(),
+                    told: Arc::clone(&told),
+                    dice: Dice(seed.wrapping_mul(1_000).wrapping_add(round * CLIENTS + number)),
+                    cut: false,
+                };
+                tokio::spawn(async move {
+                    for _ in 0..STEPS {
+                        one.step().await;
+                        if one.cut {
+                            break;
+                        }
+                    }
+                })
+            })
+            .collect();
+        let last = round + 1 == ROUNDS;
+        if !last {
+            tokio::time::sleep(Duration::from_millis(200 + death.roll(3_000) as u64)).await;
+            server.kill();
+        }
+        for ended in join_all(clients).await {
+            ended.unwrap();
+        }
+        if !last {
+            server.start_again().await;
+        }
+        let mut now = std::mem::take(&mut *told.lock().unwrap());
+        now.compare(server.client()).await;
+        all_is_well(&server, &now).await;
+        eprintln!(
+            "round {round}: {} instances, {} snapshots, {} deleted",
+            now.instances.len(),
+            now.snapshots.len(),
+            now.deleted.len()
+        );
+        *told.lock().unwrap() = now;
+    }
+
+    let told = Arc::into_inner(told).unwrap().into_inner().unwrap();
+    let client = server.client();
     // All of it goes, at once.
     let instances = told
         .instances

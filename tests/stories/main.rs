@@ -32,5 +32,6 @@ mod registry;
 mod service;
 mod snapshots;
 mod snapshots_identity;
+mod snapshots_many;
 mod snapshots_sharing;
 mod snapshots_travel;

@@ -544,53 +544,6 @@ async fn a_flipped_bit_anywhere_is_named_and_never_becomes_a_guest() {
 }
 
 #[tokio::test]
-async fn memory_and_disk_belong_to_one_instant() {
-    skip_unless!(have("busybox"), "needs busybox-static");
-    let server = Server::start().await;
-    let client = server.client();
-    let image = server.busybox().await;
-    let guest = server.run(&image, json!({"name": "origin"})).await;
-    // Memory is always at the number of the disk or one ahead of it.
-    guest
-        .output(
-            "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/n; printf %08d $n | \
-             dd of=/root/n conv=fsync,notrunc 2>/dev/null; head -c 100000 /dev/urandom > /root/load; done' \
-             >/dev/null 2>&1 </dev/null &",
-        )
-        .await;
-    let path = format!("/instances/{}", guest.id);
-    for round in 0..5 {
-        let snapshot = client
-            .post(&format!("{path}/snapshots"), &json!({"kind": "Standby"}))
-            .await
-            .expect(201)
-            .json();
-        let shown = format!("/snapshots/{}", snapshot["id"].as_str().unwrap());
-        let child = fork(
-            client,
-            &format!("{shown}/fork"),
-            json!({"name": format!("child-{round}")}),
-        )
-        .await;
-        let child = server.guest(child["id"].as_str().unwrap());
-        let seen = child
-            .output("echo 3 > /proc/sys/vm/drop_caches; a=$(cat /root/n); b=$(cat /dev/shm/n); c=$(cat /root/n); echo $a $b $c")
-            .await;
-        let numbers: Vec<i64> = seen
-            .split_whitespace()
-            .map(|word| word.trim_start_matches('0').parse().unwrap_or(0))
-            .collect();
-        let [before, memory, after] = numbers[..] else {
-            panic!("{seen}")
-        };
-        assert!(before <= memory && memory <= after + 1, "{seen}");
-        child.output("dmesg | grep -ci 'ext4.*error' | grep -qx 0").await;
-        child.delete().await;
-        client.delete(&shown).await.expect(204);
-    }
-}
-
-#[tokio::test]
 async fn a_schedule_makes_and_retires_snapshots() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let clock = tempfile::NamedTempFile::new().unwrap();

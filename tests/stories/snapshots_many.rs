@@ -1,0 +1,132 @@
+//! A hundred captures of one guest and a hundred forks of one snapshot: what holds for one holds for all.
+
+use std::collections::BTreeSet;
+
+use hypeman_tests::{Server, eventually, have, hypervisors, skip_unless};
+use serde_json::{Value, json};
+
+const MANY: usize = 100;
+
+/// Writes a number to the disk, past every cache, and reads it back before and after the next one: a disk that is older
+/// or newer than memory is found by the guest itself. Another process writes as much as it can beside it.
+const LOCKSTEP: &str = r#"
+disk() { dd if=/root/number bs=4096 iflag=direct 2>/dev/null; }
+number=1
+printf '%4096d' 1 > /root/number; sync
+(while :; do head -c 300000 /dev/urandom > /root/load; sync; done) &
+while :; do
+    before=$(disk); [ $((before)) = $number ] || echo "before: $number in memory, $((before)) on disk" > /dev/shm/apart
+    number=$((number+1))
+    printf '%4096d' $number | dd of=/root/number bs=4096 oflag=direct conv=notrunc 2>/dev/null
+    after=$(disk); [ $((after)) = $number ] || echo "after: $number in memory, $((after)) on disk" > /dev/shm/apart
+    echo $number > /dev/shm/number
+done
+"#;
+
+#[tokio::test]
+async fn memory_and_disk_belong_to_one_instant() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    for hypervisor in hypervisors() {
+        let guest = server.run(&image, json!({"hypervisor": hypervisor})).await;
+        guest
+            .copy_in("/root/lockstep", LOCKSTEP.as_bytes(), json!({}))
+            .await;
+        guest
+            .output("sh /root/lockstep >/dev/null 2>/dev/shm/complaints </dev/null &")
+            .await;
+        let path = format!("/instances/{}", guest.id);
+        for round in 0..MANY {
+            // It goes on, and has never seen the two apart.
+            let goes_on = guest
+                .output(
+                    "number() { until n=$(cat /dev/shm/number) && [ -n \"$n\" ]; do :; done; echo $n; }; \
+                     first=$(number); while [ $(number) = $first ]; do :; done; \
+                     cat /dev/shm/apart /dev/shm/complaints; dmesg | grep -i 'ext4.*error'; echo on",
+                )
+                .await;
+            assert!(
+                goes_on.ends_with("on") && goes_on.lines().last() == Some("on"),
+                "{goes_on}"
+            );
+            assert!(!goes_on.contains("in memory"), "round {round}: {goes_on}");
+            assert!(
+                !goes_on.to_lowercase().contains("error"),
+                "round {round}: {goes_on}"
+            );
+            // By turns a capture of the running guest, and one that puts it to standby.
+            if round % 2 == 0 {
+                let kind = json!({"kind": "Standby"});
+                let taken = client.post(&format!("{path}/snapshots"), &kind).await;
+                let id = taken.expect(201).json()["id"].as_str().unwrap().to_owned();
+                client.post_empty(&format!("{path}/standby")).await.expect(200);
+                let restore = format!("{path}/snapshots/{id}/restore");
+                client.post(&restore, &json!({})).await.expect(200);
+                client.delete(&format!("/snapshots/{id}")).await.expect(204);
+            } else {
+                client.post_empty(&format!("{path}/standby")).await.expect(200);
+                client.post_empty(&format!("{path}/restore")).await.expect(200);
+            }
+        }
+        guest.delete().await;
+    }
+}
+
+#[tokio::test]
+async fn a_hundred_forks_come_of_one_call_each_with_its_own_outcome() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    let guest = server
+        .run(&image, json!({"name": "origin", "size": "64MB"}))
+        .await;
+    guest.stop().await;
+    let path = format!("/instances/{}/snapshots", guest.id);
+    let taken = client
+        .post(&path, &json!({"kind": "Stopped"}))
+        .await
+        .expect(201)
+        .json();
+    let fork = format!("/snapshots/{}/fork", taken["id"].as_str().unwrap());
+    client
+        .post(&fork, &json!({"name": "child", "count": MANY + 1}))
+        .await
+        .refused(400, "invalid_request");
+    // One name is taken: that child fails, and no other for it.
+    server
+        .create(&image, json!({"name": "child-50", "size": "64MB"}))
+        .await;
+    let forked = client
+        .post(
+            &fork,
+            &json!({"name": "child", "count": MANY, "target_state": "Stopped"}),
+        )
+        .await
+        .expect(201)
+        .json();
+    let forks = forked["forks"].as_array().unwrap();
+    let failed: Vec<&Value> = forks.iter().filter(|one| !one["error"].is_null()).collect();
+    assert_eq!(failed.len(), 1, "{failed:?}");
+    assert_eq!(failed[0]["name"], "child-50", "{failed:?}");
+    assert_eq!(failed[0]["error"]["code"], "conflict", "{failed:?}");
+    let ids: BTreeSet<&str> = forks
+        .iter()
+        .filter_map(|one| one["instance"]["id"].as_str())
+        .collect();
+    assert_eq!(ids.len(), MANY - 1);
+    let listed = client.get("/instances?state=Stopped").await.expect(200).json();
+    assert_eq!(listed.as_array().unwrap().len(), MANY);
+    for id in ids {
+        server.guest(id).delete().await;
+    }
+    eventually("only the two are left", || async {
+        std::fs::read_dir(server.data_directory().join("instances"))
+            .unwrap()
+            .count()
+            == 2
+    })
+    .await;
+}
