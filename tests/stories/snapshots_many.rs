@@ -94,7 +94,7 @@ async fn a_hundred_forks_come_of_one_call_each_with_its_own_outcome() {
     client
         .post(&fork, &json!({"name": "child", "count": MANY + 1}))
         .await
-        .refused(400, "invalid_request");
+        .refused(400, "Bad Request");
     // One name is taken: that child fails, and no other for it.
     server
         .create(&image, json!({"name": "child-50", "size": "64MB"}))
