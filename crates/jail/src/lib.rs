@@ -23,6 +23,7 @@ mod child;
 mod filter;
 mod groups;
 mod host;
+mod later;
 mod launch;
 mod opener;
 mod options;
@@ -36,6 +37,7 @@ mod system;
 mod user;
 
 pub use host::Jail;
+pub use later::show_to;
 pub use launch::{Confined, Launch, Memory};
 pub use options::{JailOptions, Mode};
 pub use report::{Item, Report};

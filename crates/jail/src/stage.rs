@@ -19,7 +19,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 use crate::shell::{Shell, attach, hold, is_system, make_place, temporary, top_of};
 use crate::system::unshare;
-use crate::user::User;
+use crate::user::{Ids, User};
 use crate::{Access, Grant, Item, JailError, JailSpec, Network, Show};
 
 /// Devices that every process may have.
@@ -34,10 +34,10 @@ const COMMON: [&str; 5] = [
 const HOST_NAME: &[u8] = b"hypeman";
 
 /// Something that was taken from the host's view.
-struct Held {
-    path: PathBuf,
-    tree: OwnedFd,
-    is_directory: bool,
+pub(crate) struct Held {
+    pub(crate) path: PathBuf,
+    pub(crate) tree: OwnedFd,
+    pub(crate) is_directory: bool,
 }
 
 /// A device that the host has.
@@ -71,7 +71,7 @@ pub(crate) fn enter(shell: &Shell, spec: &JailSpec, user: &User, items: &[Item])
     shown.sort_by_key(|show| show.path.components().count());
     let held = shown
         .into_iter()
-        .map(|show| take(show, user))
+        .map(|show| take(show, user.ids()))
         .collect::<Result<Vec<_>, _>>()?;
     let devices = devices(&spec.devices)?;
 
@@ -106,7 +106,7 @@ pub(crate) fn enter(shell: &Shell, spec: &JailSpec, user: &User, items: &[Item])
 }
 
 /// Gives the jail's user its rights and takes hold of what is shown.
-fn take(show: &Show, user: &User) -> Result<Held, JailError> {
+pub(crate) fn take(show: &Show, user: Ids) -> Result<Held, JailError> {
     let failed = |error| JailError::io(format!("cannot show {}", show.path.display()), error);
     grant(show, user).map_err(failed)?;
     let tree = hold(&show.path, show.access).map_err(failed)?;
@@ -118,7 +118,7 @@ fn take(show: &Show, user: &User) -> Result<Held, JailError> {
     })
 }
 
-fn grant(show: &Show, user: &User) -> io::Result<()> {
+fn grant(show: &Show, user: Ids) -> io::Result<()> {
     if show.grant == Grant::Nothing {
         return Ok(());
     }

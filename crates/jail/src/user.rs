@@ -17,6 +17,13 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::JailError;
 
+/// User and group of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ids {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
 /// A user for one process.
 #[derive(Debug)]
 pub(crate) struct User {
@@ -25,6 +32,15 @@ pub(crate) struct User {
     pub(crate) gid: u32,
     /// To be inherited by the process.
     pub(crate) lock: OwnedFd,
+}
+
+impl User {
+    pub(crate) fn ids(&self) -> Ids {
+        Ids {
+            uid: self.uid,
+            gid: self.gid,
+        }
+    }
 }
 
 /// The range of ids.

@@ -18,6 +18,7 @@ mod gate;
 mod kernel_arguments;
 mod machine;
 mod memory;
+mod own_directory;
 mod probe;
 mod process;
 mod qemu;
@@ -37,5 +38,6 @@ pub use machine::{
 pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};
 pub use registry::{VmmOptions, Vmms};
+pub use socket::connect_to_vmm;
 pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, MemoryBacking, Nic};
 pub use workload_log::WorkloadLog;

@@ -14,10 +14,9 @@ use hyper::header::{ACCEPT, CONTENT_TYPE, HOST};
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::UnixStream;
 
-use crate::VmmError;
 use crate::process::ProcessHandle;
+use crate::{VmmError, connect_to_vmm};
 
 /// How long a call may take that does its work at once.
 pub(crate) const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -104,7 +103,7 @@ impl RestClient {
         path: &str,
         body: Option<&Value>,
     ) -> Result<(bool, Bytes), Failure> {
-        let stream = UnixStream::connect(&self.socket).await?;
+        let stream = connect_to_vmm(&self.socket).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
         let body = body.map(Value::to_string).unwrap_or_default();

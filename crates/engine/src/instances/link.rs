@@ -357,7 +357,7 @@ async fn open(channel: &AgentChannel) -> io::Result<UnixStream> {
     match channel {
         AgentChannel::SerialSocket(path) => UnixStream::connect(path).await,
         AgentChannel::VsockSocket { path, port } => {
-            let mut stream = UnixStream::connect(path).await?;
+            let mut stream = hypeman_vmm::connect_to_vmm(path).await?;
             stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
             // `OK <port>\n`, read bytewise so that nothing behind it is swallowed.
             let mut answer = Vec::new();

@@ -1,13 +1,12 @@
 //! What a capture needs of a paused machine: where its memory lies, and the state of its devices.
 //!
-//! Cloud Hypervisor writes description and state of a machine into a directory, and then its memory into a file beside
-//! them. We make that file before it does, so it stops there: nothing of memory is ever written, whatever its size. We
+//! Cloud Hypervisor writes description and state of a machine into its own directory, and then its memory into a file
+//! beside them. We make that file before it does, so it stops there: nothing of memory is ever written, whatever its size. We
 //! read memory ourselves, see [`GuestMemory`].
 
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +19,7 @@ use super::state::{self, Facts, PAGE};
 use crate::kernel_arguments;
 use crate::memory::locate::{self, Signature};
 use crate::memory::{GuestMemory, Segment};
+use crate::own_directory::OwnDirectory;
 use crate::process::{ProcessHandle, ProcessIdentity};
 use crate::spec::text;
 use crate::{MachineSpec, MemoryBacking, VmmError};
@@ -27,8 +27,6 @@ use crate::{MachineSpec, MemoryBacking, VmmError};
 const SAVE_DEADLINE: Duration = Duration::from_secs(120);
 /// A state has some hundred kilobytes at most.
 const FILE_LIMIT: u64 = 64 * 1024 * 1024;
-/// Where a state is written, in the runtime directory.
-const DIRECTORY: &str = "saving";
 /// Names that Cloud Hypervisor gives.
 pub(super) const CONFIG_FILE: &str = "config.json";
 pub(super) const STATE_FILE: &str = "state.json";
@@ -106,11 +104,11 @@ pub(super) fn booted_memory(spec: &MachineSpec, process: &Arc<ProcessHandle>) ->
 /// State of all devices, without RAM.
 pub(super) async fn save_devices(
     control: &Control,
-    runtime_directory: &Path,
+    own: &OwnDirectory,
     memory: GuestMemory,
 ) -> Result<Vec<u8>, VmmError> {
-    let directory = Saving::new(runtime_directory).map_err(failed)?;
-    let target = json!({ "destination_url": format!("file://{}", text(&directory.0)?) });
+    let saving = Saving::begin(own)?;
+    let target = json!({ "destination_url": format!("file://{}", text(own.path())?) });
     match control.order("vm.snapshot", Some(&target), SAVE_DEADLINE).await {
         Err(VmmError::Refused { message, .. }) if is_expected(&message) => {}
         Err(error) => return Err(error),
@@ -121,9 +119,9 @@ pub(super) async fn save_devices(
         }
     }
     let work = move || -> io::Result<Vec<u8>> {
-        let bytes = directory.read(STATE_FILE)?;
+        let bytes = saving.0.read(STATE_FILE, FILE_LIMIT)?;
         let snapshot = state::parse(&bytes).map_err(io::Error::other)?;
-        let description: Value = serde_json::from_slice(&directory.read(CONFIG_FILE)?)?;
+        let description: Value = serde_json::from_slice(&saving.0.read(CONFIG_FILE, FILE_LIMIT)?)?;
         let offsets = state::pages_of_queues(&snapshot, memory.len()).map_err(io::Error::other)?;
         let mut pages = vec![0; offsets.len() * PAGE as usize];
         for (page, offset) in pages.chunks_exact_mut(PAGE as usize).zip(&offsets) {
@@ -154,37 +152,27 @@ fn failed(source: io::Error) -> VmmError {
     }
 }
 
-/// The directory that a state is written to; it goes with this.
+/// A state on its way out; what is left of it goes with this.
 #[derive(Debug)]
-struct Saving(PathBuf);
+struct Saving(OwnDirectory);
 
 impl Saving {
-    fn new(runtime_directory: &Path) -> io::Result<Self> {
-        let directory = runtime_directory.join(DIRECTORY);
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        DirBuilder::new().mode(0o700).create(&directory)?;
-        let made = Self(directory);
-        File::create_new(made.0.join(MEMORY_FILE))?;
-        Ok(made)
+    fn begin(own: &OwnDirectory) -> Result<Self, VmmError> {
+        let saving = Self(own.clone());
+        saving.clear();
+        own.write(MEMORY_FILE, &[])?;
+        Ok(saving)
     }
 
-    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        File::open(self.0.join(name))?
-            .take(FILE_LIMIT + 1)
-            .read_to_end(&mut bytes)?;
-        if bytes.is_empty() || bytes.len() as u64 > FILE_LIMIT {
-            return Err(io::Error::other(format!("{name} has {} bytes", bytes.len())));
+    fn clear(&self) {
+        for name in [CONFIG_FILE, STATE_FILE, MEMORY_FILE] {
+            let _ = self.0.forget(name);
         }
-        Ok(bytes)
     }
 }
 
 impl Drop for Saving {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        self.clear();
     }
 }

@@ -15,14 +15,15 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::kernel_arguments;
+use crate::own_directory::OwnDirectory;
 use crate::spec::text;
 use crate::{Disk, IoLimit, MachineSpec, MemoryBacking, VmmError};
 
 /// Name of the control socket in the runtime directory.
 pub(super) const API_SOCKET: &str = "api.sock";
-/// Name of the socket of the guest's vsock device in the runtime directory.
+/// Name of the socket of the guest's vsock device in its own directory.
 pub(super) const VSOCK_SOCKET: &str = "vsock.sock";
-/// Name under which the kernel is seen while a machine boots. It is gone afterwards, so that a reboot fails and ends
+/// Name in its own directory under which the kernel is seen while a machine boots. It is gone afterwards, so that a reboot fails and ends
 /// the process, whether or not a server watches.
 pub(super) const BOOT_KERNEL: &str = "boot-kernel";
 /// The one zone of guest memory.
@@ -77,12 +78,13 @@ pub(super) fn segments(memory_bytes: u64) -> Vec<u64> {
 /// Translates a machine.
 pub(super) fn config(spec: &MachineSpec, abilities: Abilities, start: Start) -> Result<Value, VmmError> {
     check(spec)?;
+    let own = OwnDirectory::of(&spec.runtime_directory);
     let mut config = json!({
         // Guests that are hypervisors themselves would make each captured state depend on more of the host.
         "cpus": { "boot_vcpus": spec.cpus, "max_vcpus": spec.cpus, "nested": false },
         "memory": memory(spec, start)?,
         "payload": {
-            "kernel": text(&spec.runtime_directory.join(BOOT_KERNEL))?,
+            "kernel": text(&own.join(BOOT_KERNEL))?,
             "cmdline": kernel_arguments::cloud_hypervisor(spec)?,
             "initramfs": text(&spec.initramfs)?,
         },
@@ -93,7 +95,7 @@ pub(super) fn config(spec: &MachineSpec, abilities: Abilities, start: Start) -> 
         "vsock": {
             "id": "vsock0",
             "cid": GUEST_CID,
-            "socket": socket(&spec.runtime_directory.join(VSOCK_SOCKET))?,
+            "socket": socket(&own.join(VSOCK_SOCKET))?,
         },
     });
     let disks: Result<Vec<Value>, VmmError> = spec.disks.iter().enumerate().map(disk).collect();

@@ -10,10 +10,11 @@ use tokio::sync::OnceCell;
 
 use super::CannotSave;
 use super::capture::{self, PLACE_FILE};
-use super::config::{API_SOCKET, BOOT_KERNEL, VSOCK_SOCKET};
+use super::config::{API_SOCKET, VSOCK_SOCKET};
 use super::control::Control;
 use super::events::PIPE;
 use crate::console::Console;
+use crate::own_directory::OwnDirectory;
 use crate::process::{Ended, resident_and_cpu};
 use crate::{
     Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
@@ -68,8 +69,18 @@ impl CloudHypervisorMachine {
         Self { jail, ..self }
     }
 
+    /// The way to the process.
+    pub(super) fn control(&self) -> &Control {
+        &self.control
+    }
+
+    fn own(&self) -> OwnDirectory {
+        OwnDirectory::of(&self.spec.runtime_directory)
+    }
+
     fn remove_files(&self) {
-        for name in [API_SOCKET, VSOCK_SOCKET, PIPE, PLACE_FILE, BOOT_KERNEL] {
+        let _ = self.own().remove();
+        for name in [API_SOCKET, PIPE, PLACE_FILE] {
             let _ = std::fs::remove_file(self.spec.runtime_directory.join(name));
         }
     }
@@ -113,7 +124,7 @@ impl Machine for CloudHypervisorMachine {
 
     fn agent_channel(&self) -> AgentChannel {
         AgentChannel::VsockSocket {
-            path: self.spec.runtime_directory.join(VSOCK_SOCKET),
+            path: self.own().join(VSOCK_SOCKET),
             port: AGENT_VSOCK_PORT,
         }
     }
@@ -152,7 +163,7 @@ impl Machine for CloudHypervisorMachine {
             });
         }
         let memory = self.guest_memory().await?;
-        let saved = capture::save_devices(&self.control, &self.spec.runtime_directory, memory).await;
+        let saved = capture::save_devices(&self.control, &self.own(), memory).await;
         if let Err(VmmError::Refused { message, .. }) = &saved
             && message.contains(NESTED_STATE)
         {
@@ -218,7 +229,7 @@ impl Machine for CloudHypervisorMachine {
     }
 
     fn adjust(&self) -> Option<&dyn Adjust> {
-        Some(&*self.control)
+        Some(self)
     }
 
     fn stats(&self) -> Result<MachineStats, VmmError> {

@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypeman_guest_api::LOG_VSOCK_PORT;
-use hypeman_jail::Jail;
+use hypeman_jail::{Jail, Show};
 
 use self::config::{API_SOCKET, Abilities, BOOT_KERNEL, Start, VSOCK_SOCKET};
 use self::control::Control;
@@ -42,9 +42,10 @@ use crate::binaries::{Binaries, Binary, Version};
 use crate::console::{self, Console};
 use crate::files::{append_only, io_error};
 use crate::gate::KvmGate;
+use crate::own_directory::OwnDirectory;
 use crate::probe::processor_abilities;
 use crate::process::{
-    Detached, KillOnDrop, ProcessHandle, Words, limits, processes_with_argument, spawn_detached,
+    ByName, Detached, KillOnDrop, ProcessHandle, Words, processes_with_argument, spawn_detached,
 };
 use crate::{
     Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
@@ -134,19 +135,30 @@ impl CloudHypervisor {
         check_memory(spec)?;
         let abilities = abilities(binary.version);
         let mut made = Made::new(&spec.runtime_directory);
+        let own = OwnDirectory::of(&spec.runtime_directory);
+        own.make()?;
+        // Beside its disks it writes nothing but its own words.
+        let boots = restore.is_none();
+        let mut start = ByName::prepare(&self.jail, &binary.path, spec, &own, boots, 0).await?;
         let (work, patch) = match restore {
             None => {
                 let description = config::config(spec, abilities, Start::Boot)?;
-                made.link_kernel(&spec.kernel)?;
+                let kernel = own.join(BOOT_KERNEL);
+                std::os::unix::fs::symlink(&spec.kernel, &kernel)
+                    .map_err(io_error("cannot make", &kernel))?;
                 (Work::Boot(description), None)
             }
             Some(restore) => {
                 let Restore {
                     device_state, patch, ..
                 } = restore;
-                let (spec, has_patch) = (spec.clone(), patch.is_some());
+                let seen = MachineSpec {
+                    memory: start.memory.clone(),
+                    ..spec.clone()
+                };
+                let has_patch = patch.is_some();
                 let prepare =
-                    move || Prepared::new(&spec, abilities, &device_state, has_patch).map(Work::Restore);
+                    move || Prepared::new(&seen, abilities, &device_state, has_patch).map(Work::Restore);
                 let prepared = tokio::task::spawn_blocking(prepare).await;
                 let prepared = prepared.map_err(|error| VmmError::StartFailed(error.to_string()))?;
                 (prepared?, patch)
@@ -154,8 +166,6 @@ impl CloudHypervisor {
         };
         let socket = spec.runtime_directory.join(API_SOCKET);
         let pipe_path = spec.runtime_directory.join(PIPE);
-        // Cloud Hypervisor binds this one itself.
-        remove(&spec.runtime_directory.join(VSOCK_SOCKET))?;
         let listener = listen(&socket)?;
         let pipe = Told::pipe(&pipe_path).map_err(io_error("cannot make", &pipe_path))?;
         let arguments = vec![
@@ -164,7 +174,8 @@ impl CloudHypervisor {
             "--event-monitor".into(),
             event_argument(&spec.runtime_directory),
         ];
-        let keep = [listener, pipe];
+        start.keep.extend([listener, pipe]);
+        start.shows(Show::own(&pipe_path));
         let workload_log = listen_for_log(spec)?;
         let mut log = append_only(&spec.vmm_log)?;
         let log_start = log
@@ -180,27 +191,17 @@ impl CloudHypervisor {
         let errors = Some(words.writer().map_err(words_failed)?);
         let console = Console::new(spec.vmm_log.clone(), Some(words));
 
-        // Beside its disks it writes nothing but its own words.
-        let limits = limits(self.jail.options(), spec, 0);
-        let restraint = self
-            .jail
-            .restrain_only(
-                &limits,
-                "Cloud Hypervisor is not put into the jail by this version",
-            )
-            .map_err(|error| VmmError::Unavailable(error.to_string()))?;
-        let program = binary.path.clone();
         let spawned = tokio::task::spawn_blocking(move || {
             spawn_detached(Detached {
-                program: &program,
+                program: &start.program,
                 arguments,
                 directory: Path::new("/"),
                 output: log,
                 errors,
-                keep: &keep,
+                keep: &start.keep,
                 forbid_holes: false,
-                jail: None,
-                restraint,
+                jail: start.jail,
+                restraint: start.restraint,
             })
         })
         .await
@@ -352,8 +353,9 @@ impl Work {
                     .order("vm.create", Some(&description), START_DEADLINE)
                     .await?;
                 control.order("vm.boot", None, START_DEADLINE).await?;
-                let kernel = spec.runtime_directory.join(BOOT_KERNEL);
-                fs::remove_file(&kernel).map_err(io_error("cannot remove", &kernel))?;
+                let own = OwnDirectory::of(&spec.runtime_directory);
+                own.forget(BOOT_KERNEL)
+                    .map_err(io_error("cannot clear", own.path()))?;
                 let (spec, process) = (spec.clone(), Arc::clone(control.process()));
                 let find = move || capture::booted_memory(&spec, &process);
                 let found = tokio::task::spawn_blocking(find).await;
@@ -409,9 +411,8 @@ fn identity_of(binary: &Binary) -> StateIdentity {
 /// Takes what the workload prints: the guest connects to a port of its host, which Cloud Hypervisor makes a connection to
 /// this socket.
 fn listen_for_log(spec: &MachineSpec) -> Result<WorkloadLog, VmmError> {
-    let socket = spec
-        .runtime_directory
-        .join(format!("{VSOCK_SOCKET}_{LOG_VSOCK_PORT}"));
+    let own = OwnDirectory::of(&spec.runtime_directory);
+    let socket = own.join(&format!("{VSOCK_SOCKET}_{LOG_VSOCK_PORT}"));
     WorkloadLog::listen(&socket, &spec.workload_log)
 }
 
@@ -430,14 +431,6 @@ impl Made {
         Self(Some(runtime_directory.to_owned()))
     }
 
-    /// Shows the kernel under a name that is removed as soon as it is read.
-    fn link_kernel(&self, kernel: &Path) -> Result<(), VmmError> {
-        let Some(directory) = &self.0 else { return Ok(()) };
-        let link = directory.join(BOOT_KERNEL);
-        remove(&link)?;
-        std::os::unix::fs::symlink(kernel, &link).map_err(io_error("cannot make", &link))
-    }
-
     fn keep(&mut self) {
         self.0 = None;
     }
@@ -446,7 +439,8 @@ impl Made {
 impl Drop for Made {
     fn drop(&mut self) {
         let Some(directory) = &self.0 else { return };
-        for name in [API_SOCKET, VSOCK_SOCKET, PIPE, BOOT_KERNEL, capture::PLACE_FILE] {
+        let _ = OwnDirectory::of(directory).remove();
+        for name in [API_SOCKET, PIPE, capture::PLACE_FILE] {
             let _ = fs::remove_file(directory.join(name));
         }
     }

@@ -1,7 +1,8 @@
 //! Makes a fresh process the machine that was captured.
 //!
 //! ```text
-//! directory:  config.json    made of our own description; memory is a private mapping of its file
+//! own directory:
+//!             config.json    made of our own description; memory is a private mapping of its file
 //!             state.json     as captured, but for what is said of memory
 //!             memory-ranges  the pages that Cloud Hypervisor reads while it builds its devices, if there is a patch
 //!
@@ -11,10 +12,7 @@
 //! Invariant: no processor and no device has touched guest memory before the patch is complete, but for the pages that
 //! the state brings itself.
 
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,19 +22,18 @@ use super::capture::{self, CONFIG_FILE, MEMORY_FILE, STATE_FILE, Search};
 use super::config::{self, Abilities, COMMAND_LINE_ADDRESS, Start};
 use super::control::Control;
 use super::state::{self, Captured, PAGE, StateError};
+use crate::files::io_error;
 use crate::memory::locate::Signature;
+use crate::own_directory::OwnDirectory;
 use crate::spec::text;
 use crate::{GuestMemory, MachineSpec, MemoryBacking, Patch, VmmError, VmmKind};
 
 /// How long the loading may take. It takes 20 ms on an idle host.
 const LOAD_DEADLINE: Duration = Duration::from_secs(60);
-/// Where a state is read from, in the runtime directory.
-const DIRECTORY: &str = "restoring";
-
-/// A directory as Cloud Hypervisor restores from; it goes with this.
+/// Files as Cloud Hypervisor restores from; they go with this.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    directory: PathBuf,
+    own: OwnDirectory,
     /// What marks memory that has no file, until it is patched.
     mark: Option<Mark>,
 }
@@ -50,12 +47,14 @@ struct Mark {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory);
+        for name in [CONFIG_FILE, STATE_FILE, MEMORY_FILE] {
+            let _ = self.own.forget(name);
+        }
     }
 }
 
 impl Prepared {
-    /// Writes down what the process will be.
+    /// Writes down what the process will be. The memory of `spec` is as the process sees it.
     pub(super) fn new(
         spec: &MachineSpec,
         abilities: Abilities,
@@ -70,13 +69,11 @@ impl Prepared {
             balloon_bytes: captured.facts.balloon_bytes,
         };
         let description = config::config(spec, abilities, start)?.to_string();
-        let directory = spec.runtime_directory.join(DIRECTORY);
-        let failed = |source| VmmError::Io {
-            context: format!("cannot prepare {}", directory.display()),
-            source,
-        };
+        let own = OwnDirectory::of(&spec.runtime_directory);
         let mark = match spec.memory {
-            MemoryBacking::Anonymous => Some(Mark::new(&captured.facts.pages).map_err(failed)?),
+            MemoryBacking::Anonymous => Some(
+                Mark::new(&captured.facts.pages).map_err(io_error("cannot mark memory for", own.path()))?,
+            ),
             MemoryBacking::Private(_) => None,
             MemoryBacking::Served(_) => {
                 return Err(VmmError::Unsupported {
@@ -91,21 +88,13 @@ impl Prepared {
             false => Filled::default(),
         };
         let state = state::with_memory(captured.snapshot, memory_bytes, &filled.offsets).map_err(broken)?;
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        DirBuilder::new().mode(0o700).create(&directory).map_err(failed)?;
-        let prepared = Self {
-            directory: directory.clone(),
-            mark,
-        };
+        let prepared = Self { own, mark };
         for (name, bytes) in [
             (CONFIG_FILE, description.as_bytes()),
             (STATE_FILE, state.as_slice()),
             (MEMORY_FILE, filled.bytes.as_slice()),
         ] {
-            write(&directory.join(name), bytes).map_err(failed)?;
+            prepared.own.write(name, bytes)?;
         }
         Ok(prepared)
     }
@@ -118,7 +107,7 @@ impl Prepared {
         spec: &MachineSpec,
         patch: Option<Patch>,
     ) -> Result<GuestMemory, VmmError> {
-        let source = json!({ "source_url": format!("file://{}", text(&self.directory)?) });
+        let source = json!({ "source_url": format!("file://{}", text(self.own.path())?) });
         control.order("vm.restore", Some(&source), LOAD_DEADLINE).await?;
         let process = Arc::clone(control.process());
         let spec = spec.clone();
@@ -188,13 +177,4 @@ impl Mark {
         }
         Ok(Self { offset, bytes })
     }
-}
-
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
-    file.write_all(bytes)
 }

@@ -99,9 +99,9 @@ pub(super) fn boot(spec: &MachineSpec, command_line: &str) -> Value {
     })
 }
 
-/// A captured machine that is to go on upon a private mapping of `memory`.
-pub(super) fn load(spec: &MachineSpec) -> Result<Value, VmmError> {
-    let (kind, memory): (_, &Path) = match &spec.memory {
+/// A captured machine that is to go on upon this memory.
+pub(super) fn load(spec: &MachineSpec, memory: &MemoryBacking) -> Result<Value, VmmError> {
+    let (kind, memory): (_, &Path) = match memory {
         MemoryBacking::Private(file) => ("File", file),
         MemoryBacking::Served(socket) => ("Uffd", socket),
         MemoryBacking::Anonymous => {
@@ -196,15 +196,15 @@ mod tests {
     fn a_loaded_machine_gets_its_own_tap_and_stays_paused() {
         let captured = |memory| MachineSpec { memory, ..spec() };
         let private = captured(MemoryBacking::Private(PathBuf::from("/memory/base")));
-        let request = load(&private).unwrap();
+        let request = load(&private, &private.memory).unwrap();
         assert_eq!(request["network_overrides"][0]["host_dev_name"], "hm-1");
         assert_eq!(request["resume_vm"], false);
         assert_eq!(request["mem_backend"]["backend_path"], "/memory/base");
         assert_eq!(request["mem_backend"]["backend_type"], "File");
-        assert!(load(&captured(MemoryBacking::Private(PathBuf::from("relative")))).is_err());
-        assert!(load(&spec()).is_err());
-        let served = captured(MemoryBacking::Served(PathBuf::from("/run/pages.sock")));
-        let request = load(&MachineSpec { nic: None, ..served }).unwrap();
+        assert!(load(&spec(), &MemoryBacking::Private(PathBuf::from("relative"))).is_err());
+        assert!(load(&spec(), &MemoryBacking::Anonymous).is_err());
+        let served = MemoryBacking::Served(PathBuf::from("/run/pages.sock"));
+        let request = load(&MachineSpec { nic: None, ..spec() }, &served).unwrap();
         assert_eq!(request["mem_backend"]["backend_type"], "Uffd");
         assert_eq!(request["network_overrides"], json!([]));
     }

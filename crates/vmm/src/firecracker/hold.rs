@@ -46,12 +46,16 @@ pub(super) struct Hold {
 
 /// Takes the device state of a paused machine, which stands still until the hold is released.
 pub(super) async fn save(client: &RestClient, files: &Files) -> Result<(Vec<u8>, Hold), VmmError> {
-    let (pipe, state) = (files.hold(), files.state());
+    let (pipe, directory) = (files.hold(), files.own().path());
     let _ = fs::remove_file(&pipe);
     files.forget_state();
     let failed = |error: Errno| io_error("cannot make", &pipe)(error.into());
     mkfifoat(CWD, &pipe, Mode::RUSR | Mode::WUSR).map_err(failed)?;
-    let closed = Closings::of(files.directory()).map_err(io_error("cannot watch", files.directory()))?;
+    files
+        .own()
+        .give(HOLD)
+        .map_err(io_error("cannot hand over", &pipe))?;
+    let closed = Closings::of(directory).map_err(io_error("cannot watch", directory))?;
     let asked = client.clone();
     let request = json!({ "snapshot_type": "Full", "snapshot_path": STATE, "mem_file_path": HOLD });
     let mut answer = tokio::spawn(async move {
@@ -61,7 +65,7 @@ pub(super) async fn save(client: &RestClient, files: &Files) -> Result<(Vec<u8>,
     });
     let outcome = tokio::select! {
         biased;
-        closed = closed.wait_for(STATE) => closed.map_err(io_error("cannot watch", files.directory())),
+        closed = closed.wait_for(STATE) => closed.map_err(io_error("cannot watch", directory)),
         // It never came to the pipe.
         early = &mut answer => Err(refusal(early)),
     };
@@ -73,17 +77,13 @@ pub(super) async fn save(client: &RestClient, files: &Files) -> Result<(Vec<u8>,
         files: files.clone(),
         answer,
     };
-    let length = fs::metadata(&state).map_or(0, |metadata| metadata.len());
-    let read = match length {
-        0 | STATE_LIMIT.. => Err(std::io::Error::other(format!("it has {length} bytes"))),
-        _ => fs::read(&state),
-    };
+    let read = files.own().read(STATE, STATE_LIMIT);
     files.forget_state();
     match read {
         Ok(state) => Ok((state, hold)),
         Err(error) => {
             hold.release().await;
-            Err(io_error("cannot read the device state", &state)(error))
+            Err(io_error("cannot read the device state in", directory)(error))
         }
     }
 }

@@ -1,15 +1,15 @@
 //! Firecracker.
 //!
 //! ```text
-//! launch:  configuration file ─► spawn in the runtime directory ─► socket answers ─► memory found ─► Machine
+//! launch:  configuration file ─► spawn in its own directory ─► socket answers ─► memory found ─► Machine
 //!                                  │ any failure: kill, reap, remove, tell the end of the log
 //! restore: spawn ─► socket answers ─► load (memory mapped privately, or served) ─► patch ─► Machine, paused
 //! adopt:   pidfd ─► identity equal? ─► let go of what a dead server held ─► Machine
 //! ```
 //!
 //! Firecracker writes the paths of disks and sockets into its device state and opens the same ones when it loads it.
-//! So it runs in the machine's runtime directory and knows them by short relative names, which lead elsewhere in
-//! each machine (`files.rs`): no fork depends on its source's directory.
+//! So it works in a directory of the machine and knows them by short relative names, which lead elsewhere in each
+//! machine (`files.rs`): no fork depends on its source's directory.
 
 mod configuration;
 mod files;
@@ -33,7 +33,7 @@ use crate::gate::KvmGate;
 use crate::kernel_arguments;
 use crate::memory::{Segment, locate};
 use crate::probe::processor_abilities;
-use crate::process::{Detached, KillOnDrop, ProcessHandle, limits, processes_with_argument, spawn_detached};
+use crate::process::{ByName, Detached, KillOnDrop, ProcessHandle, processes_with_argument, spawn_detached};
 use crate::rest::RestClient;
 use crate::socket::until_it_listens;
 use crate::workload_log::WorkloadLog;
@@ -113,7 +113,18 @@ impl Firecracker {
         writeln!(log, "{}{}", console::START_MARK, spec.id)
             .map_err(io_error("cannot write", &spec.vmm_log))?;
         let console = Console::new(spec.vmm_log.clone(), None);
-        let (process, jail) = self.spawn(spec, binary, &files, restore.is_none(), log).await?;
+        // It writes its own memory into a file.
+        let start = ByName::prepare(
+            &self.jail,
+            &binary.path,
+            spec,
+            files.own(),
+            restore.is_none(),
+            spec.memory_bytes,
+        )
+        .await?;
+        let memory = start.memory.clone();
+        let (process, jail) = spawn(spec, start, &files, restore.is_none(), log).await?;
         let failed = || VmmError::StartFailed(console.tail_since(log_start));
         let process = Arc::new(process.ok_or_else(failed)?);
         let kill = KillOnDrop::of(&process);
@@ -122,7 +133,7 @@ impl Firecracker {
             until_it_listens(client.socket(), START_DEADLINE).await?;
             match restore {
                 None => booted(&client, spec, &command_line).await,
-                Some(restore) => load(&client, spec, &files, restore).await,
+                Some(restore) => load(&client, spec, &memory, &files, restore).await,
             }
         };
         let outcome = tokio::select! {
@@ -156,54 +167,47 @@ impl Firecracker {
         )
         .in_jail(jail))
     }
+}
 
-    async fn spawn(
-        &self,
-        spec: &MachineSpec,
-        binary: &Binary,
-        files: &Files,
-        configured: bool,
-        output: std::fs::File,
-    ) -> Result<(Option<ProcessHandle>, Option<JailReport>), VmmError> {
-        // It writes its own memory into a file.
-        let limits = limits(self.jail.options(), spec, spec.memory_bytes);
-        let restraint = self
-            .jail
-            .restrain_only(&limits, "Firecracker is not put into the jail by this version")
-            .map_err(|error| VmmError::Unavailable(error.to_string()))?;
-        let mut arguments = vec![
-            "--id".into(),
-            spec.id.clone().into(),
-            "--api-sock".into(),
-            files.api_socket().into_os_string(),
-            "--level".into(),
-            "Warning".into(),
-        ];
-        if configured {
-            arguments.extend(["--config-file".into(), files::CONFIGURATION.into()]);
-        }
-        let (program, directory) = (binary.path.clone(), spec.runtime_directory.clone());
-        let spawned = tokio::task::spawn_blocking(move || {
-            spawn_detached(Detached {
-                program: &program,
-                arguments,
-                directory: &directory,
-                output,
-                errors: None,
-                keep: &[],
-                forbid_holes: false,
-                jail: None,
-                restraint,
-            })
-        })
-        .await
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let spawned = spawned.map_err(io_error("cannot start", &binary.path))?;
-        let process = ProcessHandle::of_child(spawned.pid)
-            .inspect_err(|error| tracing::debug!(%error, "Firecracker ended before it could be looked at"))
-            .ok();
-        Ok((process, spawned.jail))
+async fn spawn(
+    spec: &MachineSpec,
+    start: ByName,
+    files: &Files,
+    configured: bool,
+    output: std::fs::File,
+) -> Result<(Option<ProcessHandle>, Option<JailReport>), VmmError> {
+    let mut arguments = vec![
+        "--id".into(),
+        spec.id.clone().into(),
+        "--api-sock".into(),
+        files.api_socket().into_os_string(),
+        "--level".into(),
+        "Warning".into(),
+    ];
+    if configured {
+        arguments.extend(["--config-file".into(), files::CONFIGURATION.into()]);
     }
+    let (path, directory) = (start.program.clone(), files.own().path().to_owned());
+    let spawned = tokio::task::spawn_blocking(move || {
+        spawn_detached(Detached {
+            program: &start.program,
+            arguments,
+            directory: &directory,
+            output,
+            errors: None,
+            keep: &start.keep,
+            forbid_holes: false,
+            jail: start.jail,
+            restraint: start.restraint,
+        })
+    })
+    .await
+    .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    let spawned = spawned.map_err(io_error("cannot start", &path))?;
+    let process = ProcessHandle::of_child(spawned.pid)
+        .inspect_err(|error| tracing::debug!(%error, "Firecracker ended before it could be looked at"))
+        .ok();
+    Ok((process, spawned.jail))
 }
 
 /// Finds the memory of a machine that has just begun to boot.
@@ -229,15 +233,16 @@ async fn booted(
     .await
 }
 
-/// Makes the process the captured machine, paused.
+/// Makes the process the captured machine, paused. `seen`: its memory, as the process sees it.
 async fn load(
     client: &RestClient,
     spec: &MachineSpec,
+    seen: &MemoryBacking,
     files: &Files,
     restore: Restore,
 ) -> Result<Vec<Segment>, VmmError> {
     files.write_state(&restore.device_state)?;
-    let request = configuration::load(spec)?;
+    let request = configuration::load(spec, seen)?;
     let loaded = client
         .call(Method::PUT, "/snapshot/load", Some(&request), LOAD_DEADLINE)
         .await;

@@ -9,6 +9,7 @@
 //! Invariant: a signal goes through a pidfd whose process was compared with its [`ProcessIdentity`] after the
 //! pidfd was opened, so it never reaches a process that merely got the same number.
 
+mod by_name;
 mod confine;
 mod filter;
 mod identity;
@@ -16,6 +17,7 @@ mod spawn;
 mod watch;
 mod words;
 
+pub(crate) use by_name::{ByName, program_files};
 pub(crate) use confine::{confines, limits};
 pub use identity::{ProcessIdentity, boot_id};
 pub(crate) use identity::{processes_with_argument, resident_and_cpu};

@@ -19,7 +19,7 @@ use hypeman_jail::{Jail, JailSpec, Memory, Network, Show};
 use super::arguments::{Handed, PID_FILE};
 use super::tap;
 use crate::files::{append_only, io_error};
-use crate::process::{Confinement, limits};
+use crate::process::{Confinement, limits, program_files};
 use crate::{Accelerator, MachineSpec, MemoryBacking, VmmError};
 
 /// Device states and the like.
@@ -83,7 +83,7 @@ pub(super) fn prepare(
     let pid_file = machine.runtime_directory.join(PID_FILE);
     append_only(&pid_file)?;
     let mut show = vec![Show::own(pid_file)];
-    show.extend(programs(program));
+    show.extend(program_files(program));
     if boots {
         show.extend([&machine.kernel, &machine.initramfs].map(Show::shared));
     }
@@ -107,40 +107,4 @@ pub(super) fn prepare(
             memory,
         },
     })
-}
-
-/// The program, and what belongs to it where it is not the system's: its libraries and its firmware.
-fn programs(program: &Path) -> Vec<Show> {
-    let mut shown = vec![Show::run(program)];
-    let prefix = program
-        .parent()
-        .filter(|directory| directory.file_name().is_some_and(|name| name == "bin"))
-        .and_then(Path::parent)
-        .filter(|prefix| prefix.components().count() > 1);
-    if let Some(prefix) = prefix {
-        let beside = ["lib", "lib64", "libexec", "share"].map(|name| prefix.join(name));
-        let there = beside
-            .into_iter()
-            .filter(|path| path.is_dir() && !path.is_symlink());
-        shown.extend(there.map(Show::run));
-    }
-    shown
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_belongs_to_a_program_comes_with_it() {
-        let directory = tempfile::tempdir().unwrap();
-        let prefix = directory.path();
-        for name in ["bin", "share", "etc"] {
-            std::fs::create_dir(prefix.join(name)).unwrap();
-        }
-        let program = prefix.join("bin/qemu");
-        let paths: Vec<PathBuf> = programs(&program).into_iter().map(|show| show.path).collect();
-        assert_eq!(paths, [program, prefix.join("share")]);
-        assert_eq!(programs(&prefix.join("qemu")).len(), 1);
-    }
 }

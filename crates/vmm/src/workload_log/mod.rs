@@ -39,6 +39,7 @@ use self::record::FileId;
 use self::writer::{Appended, Writer};
 use crate::VmmError;
 use crate::files::io_error;
+use crate::socket::open_to_vmm;
 
 /// Read at a time, in bytes.
 const BLOCK: usize = 64 * 1024;
@@ -74,6 +75,7 @@ impl WorkloadLog {
             _ => {}
         }
         let listener = UnixListener::bind(socket).map_err(io_error("cannot listen on", socket))?;
+        open_to_vmm(socket).map_err(io_error("cannot open to its VMM", socket))?;
         let metadata = std::fs::symlink_metadata(socket).map_err(io_error("cannot look at", socket))?;
         let (connection, connected) = watch::channel(false);
         let serving = serve(listener, Arc::clone(&writer), connection);

@@ -1,0 +1,157 @@
+//! A VMM that opens its files by their names, in a jail.
+//!
+//! ```text
+//!  its own directory ─► shown, its own       root disk, kernel, memory ─► shown, read-only
+//!  writable disks    ─► shown, its own       memory without a name     ─► a descriptor, `/proc/self/fd/N`
+//!  TAP               ─► by name, in the host's network
+//! ```
+//!
+//! Each thing is shown under the name that it has on the host, so that what a device state says of disks is the same
+//! inside and outside.
+
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hypeman_jail::{Access, Grant, Jail, JailSpec, Network, Report, Restraint, Show};
+
+use super::{Confinement, confine::confines, confine::limits};
+use crate::files::io_error;
+use crate::own_directory::OwnDirectory;
+use crate::{MachineSpec, MemoryBacking, VmmError};
+
+/// How such a VMM is started.
+#[derive(Debug)]
+pub(crate) struct ByName {
+    /// The program, where it really is.
+    pub(crate) program: PathBuf,
+    /// The machine's memory, as the VMM sees it.
+    pub(crate) memory: MemoryBacking,
+    /// To be kept open for it.
+    pub(crate) keep: Vec<OwnedFd>,
+    pub(crate) jail: Option<Confinement>,
+    pub(crate) restraint: Option<(Restraint, Report)>,
+}
+
+impl ByName {
+    /// Decides it, and opens what has no name. `boots`: it reads kernel and initramfs. `written`: the largest file
+    /// besides disks that it writes.
+    pub(crate) async fn prepare(
+        jail: &Arc<Jail>,
+        program: &Path,
+        machine: &MachineSpec,
+        own: &OwnDirectory,
+        boots: bool,
+        written: u64,
+    ) -> Result<Self, VmmError> {
+        let limits = limits(jail.options(), machine, written);
+        let mut start = Self {
+            program: fs::canonicalize(program).map_err(io_error("cannot find", program))?,
+            memory: machine.memory.clone(),
+            keep: Vec::new(),
+            jail: None,
+            restraint: None,
+        };
+        if !machine.host_devices.is_empty() {
+            start.restraint = jail
+                .restrain_only(&limits, "devices of the host are handed to the machine")
+                .map_err(|error| VmmError::Unavailable(error.to_string()))?;
+            return Ok(start);
+        }
+        if !confines(jail).await? {
+            start.restraint = jail.restrain(&limits);
+            return Ok(start);
+        }
+        let mut show = vec![own.shown()];
+        show.extend(program_files(&start.program));
+        if boots {
+            show.extend([&machine.kernel, &machine.initramfs].map(Show::shared));
+        }
+        show.extend(machine.disks.iter().map(|disk| match disk.read_only {
+            true => Show::shared(&disk.path),
+            false => Show::own(&disk.path),
+        }));
+        let mut devices = vec![PathBuf::from("/dev/kvm")];
+        match &machine.memory {
+            MemoryBacking::Anonymous => {}
+            MemoryBacking::Private(path) if path.starts_with("/proc") => {
+                let file = OwnedFd::from(File::open(path).map_err(io_error("cannot open", path))?);
+                start.memory =
+                    MemoryBacking::Private(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())));
+                start.keep.push(file);
+            }
+            MemoryBacking::Private(path) => show.push(Show::shared(path)),
+            MemoryBacking::Served(socket) => {
+                show.push(Show {
+                    path: socket.clone(),
+                    access: Access::Write,
+                    grant: Grant::Owner,
+                });
+                devices.push(PathBuf::from("/dev/userfaultfd"));
+            }
+        }
+        let mut network = Network::Empty;
+        if machine.nic.is_some() {
+            devices.push(PathBuf::from("/dev/net/tun"));
+            network = Network::Host;
+        }
+        start.jail = Some(Confinement {
+            jail: Arc::clone(jail),
+            spec: JailSpec {
+                show,
+                devices,
+                network,
+                limits,
+            },
+            memory: None,
+        });
+        Ok(start)
+    }
+
+    /// Shows one more thing, where there is a jail.
+    pub(crate) fn shows(&mut self, more: Show) {
+        if let Some(confinement) = &mut self.jail {
+            confinement.spec.show.push(more);
+        }
+    }
+}
+
+/// A program, and what belongs to it where it is not the system's: its libraries and its firmware.
+pub(crate) fn program_files(program: &Path) -> Vec<Show> {
+    let mut shown = vec![Show::run(program)];
+    let prefix = program
+        .parent()
+        .filter(|directory| directory.file_name().is_some_and(|name| name == "bin"))
+        .and_then(Path::parent)
+        .filter(|prefix| prefix.components().count() > 1);
+    if let Some(prefix) = prefix {
+        let beside = ["lib", "lib64", "libexec", "share"].map(|name| prefix.join(name));
+        let there = beside
+            .into_iter()
+            .filter(|path| path.is_dir() && !path.is_symlink());
+        shown.extend(there.map(Show::run));
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_belongs_to_a_program_comes_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let prefix = directory.path();
+        for name in ["bin", "share", "etc"] {
+            fs::create_dir(prefix.join(name)).unwrap();
+        }
+        let program = prefix.join("bin/qemu");
+        let paths: Vec<PathBuf> = program_files(&program)
+            .into_iter()
+            .map(|show| show.path)
+            .collect();
+        assert_eq!(paths, [program, prefix.join("share")]);
+        assert_eq!(program_files(&prefix.join("qemu")).len(), 1);
+    }
+}
