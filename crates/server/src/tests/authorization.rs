@@ -98,7 +98,7 @@ async fn the_scope_of_each_route_is_the_contracts() {
 #[test]
 fn nothing_but_these_routes_is_open_without_a_scope() {
     let routes = table();
-    let open = |access: Access| -> Vec<&str> {
+    let open = |access: Access| -> Vec<&'static str> {
         let routes = routes.iter().filter(|route| route.access == access);
         routes.map(|route| route.path).collect()
     };
