@@ -76,11 +76,13 @@ fn table(items: &[Document], now: Timestamp) -> String {
     table.render()
 }
 
-/// The state with what belongs to it: the exit code of a stopped instance, health of a running one.
+/// The state with what belongs to it: the exit code of a stopped instance, health of a running one, or that it waits
+/// for something, of which `inspect` tells more.
 pub(crate) fn state_text(instance: &Document) -> String {
     let state = instance.text("state").unwrap_or("?");
     let detail = match state {
         "Stopped" => instance.integer("exit_code").map(|code| format!("exit {code}")),
+        "Running" if instance.text("state_error").is_some() => Some("stands still".to_owned()),
         "Running" => instance
             .text("health_status.status")
             .filter(|status| !matches!(*status, "disabled" | "unknown"))
@@ -113,6 +115,20 @@ mod tests {
              abc          web   docker.io/library/nginx:latest  Running           qemu  3 minutes ago\n\
              def          job   alpine                          Stopped (exit 3)  -     2 days ago\n"
         );
+    }
+
+    #[test]
+    fn what_runs_and_does_not_get_on_is_told() {
+        let instance = |more: &str| {
+            let text = format!(r#"{{"state":"Running"{more}}}"#);
+            state_text(&Document::parse(text.as_bytes()).unwrap())
+        };
+        assert_eq!(instance(""), "Running");
+        assert_eq!(
+            instance(r#","health_status":{"status":"healthy"}"#),
+            "Running (healthy)"
+        );
+        assert_eq!(instance(r#","state_error":"no space""#), "Running (stands still)");
     }
 
     #[test]
