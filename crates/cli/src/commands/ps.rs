@@ -62,13 +62,14 @@ pub(crate) async fn run(context: &Context, arguments: &PsArgs) -> Result<(), Cli
 }
 
 fn table(items: &[Document], now: Timestamp) -> String {
-    let mut table = Table::new(&["INSTANCE ID", "NAME", "IMAGE", "STATE", "HV", "CREATED"]);
+    let mut table = Table::new(&["INSTANCE ID", "NAME", "IMAGE", "STATE", "GPU", "HV", "CREATED"]);
     for item in items {
         table.row([
             item.text("id").map(str::to_owned),
             item.text("name").map(str::to_owned),
             item.text("image").map(str::to_owned),
             Some(state_text(item)),
+            item.text("gpu.profile").map(str::to_owned),
             item.text("hypervisor").map(str::to_owned),
             item.text("created_at").map(|time| age(time, now)),
         ]);
@@ -111,9 +112,9 @@ mod tests {
         let text = table(list.items(), "2026-09-01T12:00:00Z".parse().unwrap());
         assert_eq!(
             text,
-            "INSTANCE ID  NAME  IMAGE                           STATE             HV    CREATED\n\
-             abc          web   docker.io/library/nginx:latest  Running           qemu  3 minutes ago\n\
-             def          job   alpine                          Stopped (exit 3)  -     2 days ago\n"
+            "INSTANCE ID  NAME  IMAGE                           STATE             GPU  HV    CREATED\n\
+             abc          web   docker.io/library/nginx:latest  Running           -    qemu  3 minutes ago\n\
+             def          job   alpine                          Stopped (exit 3)  -    -     2 days ago\n"
         );
     }
 
