@@ -7,7 +7,7 @@ ARCHITECTURE=$(uname -m)
 MUSL_TARGET=$ARCHITECTURE-unknown-linux-musl
 GNU_TARGET=$ARCHITECTURE-unknown-linux-gnu
 GUEST_PROGRAM=$CACHE_DIRECTORY/hypeman-guest
-export PATH=$PATH:/usr/sbin:/sbin
+export PATH=$CACHE_DIRECTORY/bin:$PATH:/usr/sbin:/sbin
 
 say() { printf '\033[2m== %s\033[0m\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -65,6 +65,25 @@ kernel_path() {
 		[ -f "$candidate" ] && echo "$CACHE_DIRECTORY/kernel"
 		return
 	done
+}
+
+# Another registry to talk to. Unpacked and not installed: its package would start a service.
+fetch_registry() {
+	local work
+	have docker-registry && return
+	have apt-get || return 0
+	say "fetching docker-registry (unpacked under $CACHE_DIRECTORY, not installed)"
+	mkdir -p "$CACHE_DIRECTORY/bin"
+	work=$(mktemp -d "$CACHE_DIRECTORY/registry.XXXXXX")
+	# apt drops its privileges to write here.
+	chmod 755 "$work"
+	download_registry() { (cd "$work" && apt-get download -qq docker-registry >/dev/null 2>&1); }
+	if { download_registry || { refresh_apt; download_registry; }; } && dpkg -x "$work"/*.deb "$work/root"; then
+		mv "$work/root/usr/bin/docker-registry" "$CACHE_DIRECTORY/bin/docker-registry"
+	else
+		say "apt cannot download docker-registry; the tests that need it say so"
+	fi
+	rm -rf "$work"
 }
 
 # The official SDKs and the property-based client, each by its own package manager, under target/contract.

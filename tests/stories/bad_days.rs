@@ -1,6 +1,8 @@
 //! Killed servers, killed VMMs, panics and reboots: what is shown is true, what ran goes on.
 
-use hypeman_tests::{ImageBuilder, Server, have, is_root, skip_unless};
+use std::time::Instant;
+
+use hypeman_tests::{EventStream, Guest, ImageBuilder, Server, have, is_root, skip_unless};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -83,7 +85,7 @@ async fn an_agent_that_dies_alone_is_told(hypervisor: &str) {
     let line = format!("echo dying; sleep 1; kill -9 {agent}; sleep 1000");
     let mut session = guest.exec_session(json!({"command": ["sh", "-c", line]})).await;
     session.read_until("dying").await;
-    let killed = std::time::Instant::now();
+    let killed = Instant::now();
     let is_told = |instance: &serde_json::Value| {
         instance["state"] == "Unknown"
             && instance["state_error"]
@@ -142,6 +144,47 @@ async fn a_guest_kernel_that_panics_is_told() {
     );
     assert_eq!(server.vmms(), vec![]);
     guest.start(json!({})).await;
+}
+
+/// Hears that the instance is in `state`, and when.
+async fn heard(events: &mut EventStream, guest: &Guest, state: &str) -> Instant {
+    loop {
+        let event = events.next().await;
+        if event["subject"] == guest.id.as_str() && event["state"] == state {
+            return Instant::now();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_killed_vmm_and_a_panic_are_heard_by_those_who_listened_before() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    // Nobody asks again: what follows is heard on this one stream or not at all.
+    let mut events = EventStream::open(server.client(), None).await;
+    let guest = server.run(&image, json!({})).await;
+    heard(&mut events, &guest, "Running").await;
+    let killed = Instant::now();
+    server.vmms()[0].signal(Signal::KILL);
+    let told = heard(&mut events, &guest, "Stopped").await;
+    println!("a killed VMM was told after {:?}", told - killed);
+
+    guest.start(json!({})).await;
+    heard(&mut events, &guest, "Running").await;
+    let mut console = guest.logs("source=vmm&follow=true").await;
+    let line = "echo 2 > /proc/sys/vm/panic_on_oom && echo go && exec tail /dev/zero";
+    let mut session = guest.exec_session(json!({"command": ["sh", "-c", line]})).await;
+    session.read_until("go").await;
+    let panicked = async {
+        console.wait_for("Kernel panic").await;
+        Instant::now()
+    };
+    let (panicked, told) = tokio::join!(panicked, heard(&mut events, &guest, "Stopped"));
+    println!(
+        "a panic was told {:?} after its line on the console",
+        told.saturating_duration_since(panicked)
+    );
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use hypeman_tests::{ImageBuilder, Server, eventually, have, repository, skip_unless};
+use serde_json::json;
 use tokio::process::Command;
 
 fn installed(name: &str) -> PathBuf {
@@ -17,7 +18,7 @@ async fn drive(program: &Path, arguments: &[&str], directory: &Path, server: &Se
     let layout = server.scratch().join("layout");
     ImageBuilder::busybox()
         .unwrap()
-        .config("Env", serde_json::json!(["FROM=sdk"]))
+        .config("Env", json!(["FROM=sdk"]))
         .build()
         .write_layout(&layout, "1");
     let output = Command::new(program)
@@ -109,26 +110,34 @@ async fn whatever_a_client_tries_the_answers_are_documented() {
     let image = server.busybox().await;
     let spec = format!("{}/spec.json", server.client().base());
     let token = format!("Authorization: Bearer {}", server.client().token().unwrap());
-    let arguments = [
-        "run",
-        &spec,
-        "--header",
-        &token,
-        "--max-examples",
-        "40",
-        "--seed",
-        "1",
-        "--phases",
-        "examples,coverage,fuzzing",
-        "--checks",
-        "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
-        "--exclude-path-regex",
-        "/(logs|wait|exec|cp|events)$",
-        "--request-timeout",
-        "60",
-        "--generation-deterministic",
-        "--no-color",
-    ];
-    drive(&schemathesis, &arguments, &server.scratch(), &server, &image).await;
+    let everything = async |before: &[&str], paths: [&str; 2], checks: &str| {
+        let mut arguments = before.to_vec();
+        arguments.extend(["run", &spec, "--header", &token]);
+        arguments.extend(paths);
+        arguments.extend(["--checks", checks]);
+        arguments.extend(["--phases", "examples,coverage,fuzzing"]);
+        arguments.extend(["--max-examples", "40", "--seed", "1"]);
+        arguments.extend(["--request-timeout", "60", "--generation-deterministic"]);
+        arguments.push("--no-color");
+        drive(&schemathesis, &arguments, &server.scratch(), &server, &image).await;
+    };
+    let answers = "not_a_server_error,status_code_conformance,content_type_conformance";
+    let and_bodies = format!("{answers},response_schema_conformance");
+    // A stream of events has no end.
+    let rest = ["--exclude-path-regex", "/(logs|wait|events)$"];
+    everything(&[], rest, &and_bodies).await;
+
+    // What is stopped stays so: whoever waits is answered at once. A log that is followed has no end either.
+    let guest = server
+        .create(&image, json!({"name": "settled", "cmd": ["true"]}))
+        .await;
+    guest.wait_for("Stopped").await;
+    let settled = server.scratch().join("settled.toml");
+    std::fs::write(&settled, "[parameters]\nid = \"settled\"\nfollow = \"false\"\n").unwrap();
+    let before = ["--config-file", settled.to_str().unwrap()];
+    everything(&before, ["--include-path-regex", "/wait$"], &and_bodies).await;
+    // The document describes the stream, and the client would compare each event with that.
+    everything(&before, ["--include-path-regex", "/logs$"], answers).await;
+    guest.delete().await;
     assert_eq!(server.client().get("/health").await.status, 200);
 }

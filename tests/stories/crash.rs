@@ -76,6 +76,38 @@ pub(crate) fn left_nothing(server: &Server, before: &BTreeSet<String>, point: &s
     assert!(left.is_empty(), "{point} left {left:?}");
 }
 
+/// What belongs to an instance in the data directory, by its state.
+pub(crate) struct Traces {
+    running: BTreeSet<String>,
+    stopped: BTreeSet<String>,
+}
+
+impl Traces {
+    /// Of a running instance, which runs again afterwards.
+    pub(crate) async fn of(server: &Server, guest: &Guest) -> Self {
+        let running = paths(server.data_directory());
+        guest.stop().await;
+        let stopped = paths(server.data_directory());
+        guest.start(json!({})).await;
+        // A second run may keep what a first one does not have yet.
+        let again = paths(server.data_directory());
+        Self {
+            running: &(&running | &again) | &stopped,
+            stopped,
+        }
+    }
+
+    /// Nothing is there but what belongs to the instance in this state.
+    pub(crate) fn left_nothing(&self, server: &Server, state: &str, point: &str) {
+        let own = if state == "Running" {
+            &self.running
+        } else {
+            &self.stopped
+        };
+        left_nothing(server, own, point);
+    }
+}
+
 /// A server that dies at `point` during `operation`, and lives again.
 pub(crate) async fn cut<F: Future>(
     server: &mut Server,
@@ -98,7 +130,7 @@ async fn usable(guest: &Guest) {
     assert_eq!(guest.output("echo usable").await, "usable");
 }
 
-async fn list(server: &Server) -> Vec<Value> {
+pub(crate) async fn list(server: &Server) -> Vec<Value> {
     server
         .client()
         .get("/instances")
@@ -111,7 +143,7 @@ async fn list(server: &Server) -> Vec<Value> {
 }
 
 /// The instance settles as before or as after, and what runs on the host is what the API shows.
-async fn settled(server: &Server, guest: &Guest, states: &[&str]) -> String {
+pub(crate) async fn settled(server: &Server, guest: &Guest, states: &[&str]) -> String {
     let shown = guest
         .wait_until("it settles", |instance| {
             states.iter().any(|state| instance["state"] == *state)
@@ -172,6 +204,7 @@ async fn start_is_cut_at_each_step() {
     let mut server = Server::start().await;
     let image = server.busybox().await;
     let guest = server.run(&image, json!({})).await;
+    let traces = Traces::of(&server, &guest).await;
     for point in group("start.") {
         guest.stop().await;
         let path = format!("/instances/{}/start", guest.id);
@@ -181,7 +214,9 @@ async fn start_is_cut_at_each_step() {
                 .await
         })
         .await;
-        if settled(&server, &guest, &["Running", "Stopped"]).await == "Stopped" {
+        let state = settled(&server, &guest, &["Running", "Stopped"]).await;
+        traces.left_nothing(&server, &state, point);
+        if state == "Stopped" {
             guest.start(json!({})).await;
         }
         usable(&guest).await;
@@ -196,6 +231,7 @@ async fn stop_is_cut_at_each_step() {
     let mut server = Server::start().await;
     let image = server.busybox().await;
     let guest = server.run(&image, json!({})).await;
+    let traces = Traces::of(&server, &guest).await;
     for point in group("stop.") {
         let path = format!("/instances/{}/stop", guest.id);
         cut(&mut server, point, async |client| {
@@ -204,7 +240,9 @@ async fn stop_is_cut_at_each_step() {
                 .await
         })
         .await;
-        if settled(&server, &guest, &["Running", "Stopped"]).await == "Stopped" {
+        let state = settled(&server, &guest, &["Running", "Stopped"]).await;
+        traces.left_nothing(&server, &state, point);
+        if state == "Stopped" {
             guest.start(json!({})).await;
         }
         usable(&guest).await;

@@ -104,18 +104,21 @@ async fn instances_on_a_full_disk_fail_clearly_and_work_later() {
     let mut server = server_on(&disk).await;
     let image = server.busybox().await;
     let guest = server.run(&image, json!({"overlay_size": "512MB"})).await;
+    assert_eq!(guest.inspect().await["state_error"], json!(null));
 
     let filler = disk.fill(3 << 20);
-    // The overlay cannot grow: the guest learns of it or the state tells; the server goes on either way.
-    let session = guest.exec_session(json!({"command": ["sh", "-c", "dd if=/dev/urandom of=/big bs=1M count=40 conv=fsync; echo rc=$?"], "timeout": 60})).await;
-    let wrote = tokio::time::timeout(std::time::Duration::from_secs(90), session.finish()).await;
-    if let Ok(executed) = wrote {
-        assert!(
-            !executed.text().contains("rc=0"),
-            "forty megabytes went into three: {}",
-            executed.text()
-        );
-    }
+    // Forty megabytes go into three: the guest stands still in the middle of its write, and the reason is shown.
+    let line = "head -c 41943040 /dev/urandom | tee /big | md5sum > /tmp/sum && sync \
+        && echo 3 > /proc/sys/vm/drop_caches && md5sum < /big | cmp - /tmp/sum && echo whole";
+    let session = guest.exec_session(json!({"command": ["sh", "-c", line]})).await;
+    let stalled = guest
+        .wait_until("the reason is shown", |instance| {
+            instance["state_error"]
+                .as_str()
+                .is_some_and(|reason| reason.contains("no space on the host"))
+        })
+        .await;
+    assert_eq!(stalled["state"], "Running", "{stalled}");
     let request = json!({"name": "refused", "image": image, "size": "64MB", "network": {"enabled": false}});
     let refused = server.client().post("/instances", &request).await;
     assert!(
@@ -126,6 +129,13 @@ async fn instances_on_a_full_disk_fail_clearly_and_work_later() {
     assert_eq!(server.client().get("/instances").await.status, 200);
 
     std::fs::remove_file(&filler).unwrap();
+    // The same guest goes on by itself, and nothing of what it wrote is lost.
+    let written = session.finish().await;
+    assert_eq!((written.text().as_str(), written.exit_code), ("whole", 0));
+    guest
+        .wait_until("the reason is gone", |instance| instance["state_error"].is_null())
+        .await;
+    assert_eq!(guest.output("echo still here").await, "still here");
     guest.delete().await;
     let _ = server
         .client()

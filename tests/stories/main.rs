@@ -13,6 +13,7 @@ mod command_line;
 mod contract;
 mod copy;
 mod crash;
+mod crash_network;
 mod crash_snapshots;
 mod crowd;
 mod crowd_snapshots;

@@ -8,11 +8,11 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::json;
 
 /// A network namespace with a loopback and an uplink, deleted when dropped.
-struct Namespace(String);
+pub(crate) struct Namespace(String);
 
 impl Namespace {
     /// Makes one and moves this thread into it: its sockets and child processes are inside from now on.
-    fn enter() -> Option<Self> {
+    pub(crate) fn enter() -> Option<Self> {
         let name = format!("hm-{}", std::process::id());
         let run = |words: &str| {
             Command::new("ip")
@@ -32,11 +32,11 @@ impl Namespace {
         (ready && entered).then_some(namespace)
     }
 
-    fn run(words: &[&str]) -> std::process::Output {
+    pub(crate) fn run(words: &[&str]) -> std::process::Output {
         Command::new(words[0]).args(&words[1..]).output().unwrap()
     }
 
-    fn output(words: &[&str]) -> String {
+    pub(crate) fn output(words: &[&str]) -> String {
         String::from_utf8_lossy(&Self::run(words).stdout).into_owned()
     }
 }

@@ -145,7 +145,7 @@ pub struct Instance {
     pub image: String,
     /// Its state, as observed now.
     pub state: InstanceState,
-    /// Why the state cannot be told.
+    /// Why the state cannot be told, or why the guest does not get on in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub state_error: Option<String>,
@@ -567,7 +567,7 @@ pub struct StartInstanceRequest {
 pub struct WaitResponse {
     /// The state at the end.
     pub state: InstanceState,
-    /// Why the state cannot be told.
+    /// Why the state cannot be told, or why the guest does not get on in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub state_error: Option<String>,

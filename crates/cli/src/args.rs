@@ -5,6 +5,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands;
+use crate::output::Transform;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -65,6 +66,17 @@ pub struct GlobalArgs {
                        object a line), yaml, raw (the server's own bytes)"
     )]
     pub format: Format,
+    /// Print only what this path leads to, as JSON
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        value_parser = Transform::parse,
+        help_heading = "Global options",
+        long_help = "Print only what this path leads to, as JSON or in the format that is asked for: names, numbers \
+                       and # of GJSON joined by dots, such as network.ip, 0.id, # (how many) or #.name (of each)"
+    )]
+    pub transform: Option<Transform>,
     /// Show each request and answer on standard error (never the token)
     #[arg(long, global = true, help_heading = "Global options")]
     pub debug: bool,

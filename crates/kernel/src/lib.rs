@@ -23,4 +23,4 @@ mod source;
 
 pub use artifacts::{BootArtifacts, Kernels};
 pub use error::KernelError;
-pub use source::KernelOptions;
+pub use source::{KernelOptions, stored_kernels};

@@ -1,9 +1,10 @@
 //! Where a guest kernel may come from, best first.
 //!
 //! 1. the configured file or directory;
-//! 2. `system/kernel/<version>/` in the data directory (a build of `kernel/build` put there);
-//! 3. the directories to search, then the host's own root: `vmlinux` of a build, or `boot/vmlinuz-*` beside
-//!    `lib/modules/*` as a package has them.
+//! 2. `system/kernel/<version>/` in the data directory, where somebody put one there;
+//! 3. the directories to search, then the host's own root.
+//!
+//! In one directory, the `vmlinux` of a build comes before `boot/vmlinuz-*` beside `lib/modules/*` as a package has them.
 
 use std::cmp::Ordering;
 use std::fs;
@@ -44,7 +45,7 @@ pub(crate) fn locate(system_directory: &Path, options: &KernelOptions) -> Result
     }
     let stored = system_directory.join("kernel");
     let root = PathBuf::from("/");
-    let versions = subdirectories(&stored);
+    let versions = stored_kernels(system_directory);
     let places: Vec<&PathBuf> = versions.iter().chain(&options.search).chain([&root]).collect();
     places
         .iter()
@@ -69,9 +70,11 @@ fn shown(places: &[&PathBuf]) -> String {
         .join(", ")
 }
 
-/// Directories that somebody put there by name, newest version first. Ours are named by a hash.
-fn subdirectories(directory: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(directory)
+/// The kernels that somebody put into a system directory by name, newest version first. What is named by a hash is
+/// unpacked already and has no modules beside it: it is no source.
+#[must_use]
+pub fn stored_kernels(system_directory: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = fs::read_dir(system_directory.join("kernel"))
         .into_iter()
         .flatten()
         .flatten()
@@ -185,6 +188,15 @@ mod tests {
         assert_eq!(found.modules, Some(root.join("distro/lib/modules")));
 
         touch(system.join("kernel").join("a".repeat(64)).join("vmlinux"));
+        assert_eq!(stored_kernels(&system), Vec::<PathBuf>::new());
+        assert_eq!(locate(&system, &options).unwrap(), found);
+        touch(root.join("distro/vmlinux"));
+        assert_eq!(
+            locate(&system, &options).unwrap().kernel,
+            root.join("distro/vmlinux"),
+            "a build comes before the distribution's"
+        );
+
         touch(system.join("kernel/6.1.9/vmlinux"));
         touch(system.join("kernel/6.1.10/vmlinux"));
         assert_eq!(

@@ -5,7 +5,7 @@ use futures::StreamExt as _;
 
 use super::Context;
 use crate::args::Format;
-use crate::error::CliError;
+use crate::error::{CliError, exit};
 use crate::output;
 use crate::sse::Events;
 
@@ -53,8 +53,8 @@ impl Source {
     }
 }
 
-/// Prints a log.
-pub(crate) async fn run(context: &Context, arguments: &LogsArgs) -> Result<(), CliError> {
+/// Prints a log and answers the exit code.
+pub(crate) async fn run(context: &Context, arguments: &LogsArgs) -> Result<u8, CliError> {
     let printing = print(
         context,
         &arguments.instance,
@@ -62,14 +62,16 @@ pub(crate) async fn run(context: &Context, arguments: &LogsArgs) -> Result<(), C
         arguments.follow,
         arguments.source,
     );
-    if !arguments.follow {
-        return printing.await;
+    if arguments.follow {
+        tokio::select! {
+            outcome = printing => outcome?,
+            // The usual end of following: told by the code, as everywhere, and not by an error.
+            _ = tokio::signal::ctrl_c() => return Ok(exit::INTERRUPTED),
+        }
+    } else {
+        printing.await?;
     }
-    tokio::select! {
-        outcome = printing => outcome,
-        // Ctrl-C is how following ends: not a failure.
-        _ = tokio::signal::ctrl_c() => Ok(()),
-    }
+    Ok(exit::SUCCESS)
 }
 
 /// Prints a log to standard output, line by line.

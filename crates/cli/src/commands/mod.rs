@@ -57,9 +57,7 @@ pub fn dispatch(cli: Cli) -> Result<u8, CliError> {
         Command::Inspect(arguments) => online(global, async |context| {
             done(inspect::run(context, &arguments).await)
         }),
-        Command::Logs(arguments) => {
-            online(global, async |context| done(logs::run(context, &arguments).await))
-        }
+        Command::Logs(arguments) => online(global, async |context| logs::run(context, &arguments).await),
         Command::Exec(arguments) => online(global, async |context| exec::run(context, arguments).await),
         Command::Cp(arguments) => online(global, async |context| done(cp::run(context, &arguments).await)),
         Command::Stop(arguments) => online(global, async |context| {

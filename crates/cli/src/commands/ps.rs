@@ -62,13 +62,14 @@ pub(crate) async fn run(context: &Context, arguments: &PsArgs) -> Result<(), Cli
 }
 
 fn table(items: &[Document], now: Timestamp) -> String {
-    let mut table = Table::new(&["INSTANCE ID", "NAME", "IMAGE", "STATE", "HV", "CREATED"]);
+    let mut table = Table::new(&["INSTANCE ID", "NAME", "IMAGE", "STATE", "GPU", "HV", "CREATED"]);
     for item in items {
         table.row([
             item.text("id").map(str::to_owned),
             item.text("name").map(str::to_owned),
             item.text("image").map(str::to_owned),
             Some(state_text(item)),
+            item.text("gpu.profile").map(str::to_owned),
             item.text("hypervisor").map(str::to_owned),
             item.text("created_at").map(|time| age(time, now)),
         ]);
@@ -76,11 +77,13 @@ fn table(items: &[Document], now: Timestamp) -> String {
     table.render()
 }
 
-/// The state with what belongs to it: the exit code of a stopped instance, health of a running one.
+/// The state with what belongs to it: the exit code of a stopped instance, health of a running one, or that it waits
+/// for something, of which `inspect` tells more.
 pub(crate) fn state_text(instance: &Document) -> String {
     let state = instance.text("state").unwrap_or("?");
     let detail = match state {
         "Stopped" => instance.integer("exit_code").map(|code| format!("exit {code}")),
+        "Running" if instance.text("state_error").is_some() => Some("stands still".to_owned()),
         "Running" => instance
             .text("health_status.status")
             .filter(|status| !matches!(*status, "disabled" | "unknown"))
@@ -109,10 +112,24 @@ mod tests {
         let text = table(list.items(), "2026-09-01T12:00:00Z".parse().unwrap());
         assert_eq!(
             text,
-            "INSTANCE ID  NAME  IMAGE                           STATE             HV    CREATED\n\
-             abc          web   docker.io/library/nginx:latest  Running           qemu  3 minutes ago\n\
-             def          job   alpine                          Stopped (exit 3)  -     2 days ago\n"
+            "INSTANCE ID  NAME  IMAGE                           STATE             GPU  HV    CREATED\n\
+             abc          web   docker.io/library/nginx:latest  Running           -    qemu  3 minutes ago\n\
+             def          job   alpine                          Stopped (exit 3)  -    -     2 days ago\n"
         );
+    }
+
+    #[test]
+    fn what_runs_and_does_not_get_on_is_told() {
+        let instance = |more: &str| {
+            let text = format!(r#"{{"state":"Running"{more}}}"#);
+            state_text(&Document::parse(text.as_bytes()).unwrap())
+        };
+        assert_eq!(instance(""), "Running");
+        assert_eq!(
+            instance(r#","health_status":{"status":"healthy"}"#),
+            "Running (healthy)"
+        );
+        assert_eq!(instance(r#","state_error":"no space""#), "Running (stands still)");
     }
 
     #[test]

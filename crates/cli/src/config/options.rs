@@ -192,7 +192,7 @@ pub(crate) fn kernel(values: &Values) -> Result<KernelOptions, CliError> {
     })
 }
 
-/// Where `kernel/fetch` unpacks the distribution's kernel unless told otherwise.
+/// Where `kernel/fetch` and `kernel/build` put their kernels unless told otherwise.
 fn fetched_kernel() -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)

@@ -1,10 +1,9 @@
 //! Checks of processor, hypervisors, kernel, network and limits.
 
-use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
 
-use hypeman_kernel::{KernelError, KernelOptions, Kernels};
+use hypeman_kernel::{KernelError, KernelOptions, Kernels, stored_kernels};
 use hypeman_network::{Availability, Network};
 use hypeman_vmm::{Accelerator, Capabilities, Jail, JailMode, JailOptions, VmmKind, Vmms};
 use rustix::process::{Resource, getrlimit};
@@ -101,34 +100,24 @@ pub(super) async fn hypervisors(values: &Values, data: &Path) -> Vec<Check> {
 
 /// Finds and unpacks the guest kernel in a temporary directory, as a server does in its own.
 pub(super) async fn kernel(values: &Values, data: &Path) -> Check {
-    const FIX: &str = "or name one in kernel.path of the configuration";
+    const FIX: &str = "kernel/fetch gets the distribution's, kernel/build makes one that boots faster; \
+                       or name one in kernel.path of the configuration";
     let mut options = match options::kernel(values) {
         Ok(options) => options,
         Err(failure) => return misconfigured("kernel", &failure),
     };
     // The data directory's own kernels come first for a server: here they are found by searching.
-    options.search.splice(0..0, stored_kernels(data));
+    let system = data.join("system");
+    options.search.splice(0..0, stored_kernels(&system));
     let program = guest_program::find(values)
         .map(|program| program.bytes)
         .unwrap_or(b"\x7fELF".into());
-    let system = data.join("system");
     let tried = tokio::task::spawn_blocking(move || prepare(options, &program, &system)).await;
     match tried {
         Ok(Ok(found)) => Check::ok("kernel", found),
         Ok(Err(failure)) => Check::fail("kernel", failure, FIX),
         Err(failure) => Check::fail("kernel", failure.to_string(), FIX),
     }
-}
-
-fn stored_kernels(data: &Path) -> Vec<std::path::PathBuf> {
-    let entries = fs::read_dir(data.join("system/kernel"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    entries
-        .map(|entry| entry.path())
-        .filter(|path| path.is_dir())
-        .collect()
 }
 
 fn prepare(options: KernelOptions, program: &[u8], system: &Path) -> Result<String, String> {

@@ -8,22 +8,25 @@
 
 mod age;
 mod table;
+mod transform;
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write as _};
 
 pub use age::{age, span};
 pub use table::{Table, bytes};
+pub use transform::Transform;
 
 use crate::args::{Format, GlobalArgs};
 use crate::document::Document;
 use crate::error::CliError;
 
 /// How this run prints its results.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Output {
     format: Format,
     quiet: bool,
+    transform: Option<Transform>,
 }
 
 impl Output {
@@ -32,6 +35,7 @@ impl Output {
         Self {
             format: global.format,
             quiet: global.quiet,
+            transform: global.transform.clone(),
         }
     }
 
@@ -42,7 +46,7 @@ impl Output {
 
     /// Whether a person reads the result (as opposed to a program).
     pub fn human(&self) -> bool {
-        matches!(self.format, Format::Auto | Format::Table)
+        matches!(self.format, Format::Auto | Format::Table) && self.transform.is_none()
     }
 
     /// Prints one object: identifiers only when quiet, the human form from `human`, or a machine format.
@@ -85,12 +89,15 @@ impl Output {
         }
     }
 
-    /// Prints a document in the machine format that was asked for.
+    /// Prints a document, or what was asked for of it, in the machine format that was asked for.
     ///
     /// # Errors
     /// When standard output cannot be written.
     pub fn machine(&self, document: &Document) -> Result<(), CliError> {
-        text(&render(self.format, document)?)
+        match &self.transform {
+            Some(transform) => text(&render(self.format, &transform.apply(document))?),
+            None => text(&render(self.format, document)?),
+        }
     }
 }
 

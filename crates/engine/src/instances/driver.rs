@@ -16,7 +16,7 @@ use std::time::Duration;
 use hypeman_core::instance::{Command, InstanceState, Lifecycle, Observation, permit};
 use hypeman_guest_api::{ExitReason, GuestEvent};
 use hypeman_store::{StoreError, journal};
-use hypeman_vmm::Machine;
+use hypeman_vmm::{Machine, VmmError};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -27,6 +27,7 @@ use super::capture::{CapturePlan, Captured};
 use super::link::{Link, LinkEvent};
 use super::model::{Expiry, Instance, InstanceRecord, InstanceUpdate, StartOverrides};
 use super::rewind::Target;
+use super::stall::Stall;
 use super::table::Slot;
 use crate::events::EventKind;
 use crate::shared::Shared;
@@ -158,6 +159,8 @@ pub(super) struct Driver {
     pub(super) memory: Option<Hold>,
     /// What was captured of this run last. It may be gone.
     pub(super) last_image: Option<String>,
+    /// Whether the machine waits for space.
+    stall: Stall,
     unsaved: bool,
     /// Carried out and answered; record and journal do not say so yet.
     pub(super) owes_settling: bool,
@@ -180,7 +183,7 @@ pub(super) fn prepare(
     lifecycle: Lifecycle,
 ) -> (Driver, mpsc::Receiver<Request>) {
     let (requests, receiver) = mpsc::channel(QUEUE);
-    let (publish, published) = watch::channel(view(&record, &lifecycle));
+    let (publish, published) = watch::channel(view(&record, &lifecycle, Stall::No));
     let slot = Arc::new(Slot {
         id: record.id.clone(),
         name: record.name.clone(),
@@ -203,6 +206,7 @@ pub(super) fn prepare(
             log,
             memory,
             last_image: None,
+            stall: Stall::No,
             unsaved: false,
             owes_settling: false,
         },
@@ -210,11 +214,12 @@ pub(super) fn prepare(
     )
 }
 
-fn view(record: &InstanceRecord, lifecycle: &Lifecycle) -> Arc<Instance> {
+fn view(record: &InstanceRecord, lifecycle: &Lifecycle, stall: Stall) -> Arc<Instance> {
     Arc::new(Instance {
         record: Arc::new(record.clone()),
         state: lifecycle.state(),
-        state_error: lifecycle.error().map(str::to_owned),
+        // An agent that is silent because its machine stands still is no reason of its own.
+        state_error: stall.reason().or_else(|| lifecycle.error()).map(str::to_owned),
     })
 }
 
@@ -496,23 +501,44 @@ impl Driver {
         let silent_vmm =
             matches!(&self.lifecycle, Lifecycle::Unknown { reason, .. } if reason.starts_with("the VMM"));
         match answer {
-            Ok(_) if silent_vmm => {
-                self.observe(&Observation::Responsive);
+            Ok(state) => {
+                self.note_stall(self.stall.seen(state));
+                if silent_vmm {
+                    self.observe(&Observation::Responsive);
+                }
             }
-            Err(error @ hypeman_vmm::VmmError::Unresponsive { .. }) => {
+            Err(error @ VmmError::Unresponsive { .. }) => {
+                self.stall = Stall::No;
                 self.observe(&Observation::Unresponsive {
                     reason: error.to_string(),
                 });
             }
             // Its end is reported by the process itself.
-            _ => {}
+            Err(_) => {}
         }
+    }
+
+    /// Tells when the machine begins to stand still for want of space, and when it goes on.
+    fn note_stall(&mut self, stall: Stall) {
+        let (before, now) = (self.stall.reason(), stall.reason());
+        self.stall = stall;
+        if before == now {
+            return;
+        }
+        match now {
+            Some(reason) => self.log.line(&format!("the guest stands still: {reason}")),
+            None => self.log.line("the guest goes on"),
+        }
+        self.publish();
     }
 
     /// Applies what was seen and publishes it when it matters; `false` when it was no news.
     pub(super) fn observe(&mut self, seen: &Observation) -> bool {
         let before = self.lifecycle.clone();
         self.lifecycle = before.clone().observe(seen);
+        if !self.lifecycle.has_vmm() {
+            self.stall = Stall::No;
+        }
         let news = self.lifecycle != before;
         if news {
             self.record.phases.enter(self.lifecycle.state(), Timestamp::now());
@@ -526,7 +552,7 @@ impl Driver {
     }
 
     pub(super) fn publish(&self) {
-        let before = self.publish.send_replace(view(&self.record, &self.lifecycle));
+        let before = self.publish.send_replace(self.view());
         self.shared.table.changed();
         let state = self.lifecycle.state();
         if before.state != state {
@@ -537,7 +563,7 @@ impl Driver {
     }
 
     fn view(&self) -> Arc<Instance> {
-        view(&self.record, &self.lifecycle)
+        view(&self.record, &self.lifecycle, self.stall)
     }
 
     /// Stores the record; what can't be stored now is stored later.

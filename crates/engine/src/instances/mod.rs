@@ -15,6 +15,7 @@ mod recovery;
 pub(crate) mod rewind;
 mod rotation;
 mod shutdown;
+mod stall;
 mod standby;
 mod stillness;
 mod table;

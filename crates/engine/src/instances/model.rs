@@ -230,7 +230,7 @@ pub struct Instance {
     pub record: Arc<InstanceRecord>,
     /// Where it is now.
     pub state: InstanceState,
-    /// Why the state is `Unknown`.
+    /// Why the state is `Unknown`, or why the guest does not get on in it.
     pub state_error: Option<String>,
 }
 
@@ -248,7 +248,7 @@ pub struct InstanceFilter {
 pub struct WaitOutcome {
     /// State at the end of the wait.
     pub state: InstanceState,
-    /// Why it is `Unknown`.
+    /// Why it is `Unknown`, or why the guest does not get on in it.
     pub state_error: Option<String>,
     /// The time ran out first.
     pub timed_out: bool,

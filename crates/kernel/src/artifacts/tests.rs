@@ -80,6 +80,32 @@ fn an_instance_keeps_its_pair_when_kernel_and_guest_change() {
 }
 
 #[test]
+fn a_small_kernel_is_preferred_once_it_is_built_and_an_instance_keeps_what_it_started_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = directory.path().join("cache");
+    fs::create_dir_all(cache.join("boot")).unwrap();
+    fs::write(
+        cache.join("boot/vmlinuz-6.1.0-9-cloud-amd64"),
+        kernel("6.1.0-9-cloud-amd64"),
+    )
+    .unwrap();
+    let system = directory.path().join("system");
+    let open = || {
+        let options = KernelOptions {
+            kernel: None,
+            search: vec![cache.clone()],
+        };
+        Kernels::open(&system, options).unwrap()
+    };
+    let old = open().prepare(b"guest").unwrap();
+    assert_eq!(old.kernel_release, "6.1.0-9-cloud-amd64");
+    fs::write(cache.join("vmlinux"), kernel("6.1.9-small")).unwrap();
+    let new = open().prepare(b"guest").unwrap();
+    assert_eq!(new.kernel_release, "6.1.9-small");
+    assert_eq!(open().load(&old.id).unwrap(), old);
+}
+
+#[test]
 fn damage_and_leftovers_of_a_crash_are_repaired() {
     let place = Place::new();
     let made = place.open().prepare(b"guest").unwrap();

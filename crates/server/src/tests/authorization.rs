@@ -95,6 +95,39 @@ async fn the_scope_of_each_route_is_the_contracts() {
     }
 }
 
+#[test]
+fn nothing_but_these_routes_is_open_without_a_scope() {
+    let routes = table();
+    let open = |access: Access| -> Vec<&'static str> {
+        let routes = routes.iter().filter(|route| route.access == access);
+        routes.map(|route| route.path).collect()
+    };
+    assert_eq!(open(Access::Public), ["/spec.json", "/spec.yaml", "/swagger"]);
+    assert_eq!(
+        open(Access::PublicUnlessLimited(Scope::ResourceRead)),
+        ["/health"]
+    );
+    // These check their own kind of token, see the tests of the registry.
+    assert_eq!(open(Access::Registry), ["/v2", "/v2/", "/v2/{*path}"]);
+    let scoped = routes
+        .iter()
+        .filter(|route| matches!(route.access, Access::Scoped(_)))
+        .count();
+    assert_eq!(
+        scoped + 7,
+        routes.len(),
+        "a kind of access that no test here looks at"
+    );
+    for route in routes.iter().filter(|route| route.access != Access::Registry) {
+        let method = route.method.clone().unwrap();
+        assert!(
+            matches!(route.access, Access::Scoped(_)) || method == Method::GET,
+            "{method} {} changes something for everyone",
+            route.path
+        );
+    }
+}
+
 #[tokio::test]
 async fn health_and_documents_need_no_token() {
     let server = Server::start().await;
