@@ -148,7 +148,6 @@ impl Bench {
             image,
             memory_bytes: self.memory.len() as u64,
             socket: self.directory.path().join(format!("{name}.sock")),
-            owner: None,
             overlay: Vec::new(),
             working_set,
         };

@@ -188,7 +188,6 @@ impl Paging {
             image,
             memory_bytes,
             socket: socket.clone(),
-            owner: None,
             overlay: Vec::new(),
             working_set: true,
         };

@@ -224,7 +224,6 @@ fn register(service: &Arc<Service>, registration: Registration) -> Result<(), Re
         id: registration.machine,
         image,
         socket: registration.socket,
-        owner: registration.owner,
         overlay: overlay.collect(),
         recording,
     };
@@ -239,20 +238,17 @@ fn register(service: &Arc<Service>, registration: Registration) -> Result<(), Re
         let message = format!("machine {} is served already", machine.id);
         return Err(refuse(RefusedCode::Exists, message));
     }
-    let listener = listen(&machine.socket, machine.owner).map_err(host)?;
+    let listener = listen(&machine.socket).map_err(host)?;
     service.start(&machine, listener, set.flatten()).map_err(host)?;
     machines.insert(machine.id.clone(), machine);
     Ok(())
 }
 
-/// Listens where only the machine's user can connect. Refuses a path that exists: it may be somebody else's.
-fn listen(path: &Path, owner: Option<u32>) -> io::Result<UnixListener> {
+/// Listens where only our user can connect, and whom the socket is given to. Refuses a path that exists: it may be somebody else's.
+fn listen(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     let prepare = || {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        if let Some(owner) = owner {
-            std::os::unix::fs::chown(path, Some(owner), None)?;
-        }
         listener.set_nonblocking(true)
     };
     prepare().inspect_err(|_| {

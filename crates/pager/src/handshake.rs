@@ -3,7 +3,9 @@
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -35,20 +37,18 @@ pub(crate) enum HandshakeError {
     Io(#[from] io::Error),
 }
 
-/// Whether the peer is who may connect: the named user, or this process's own.
-pub(crate) fn check_user(stream: &UnixStream, owner: Option<u32>) -> Result<(), HandshakeError> {
+/// Whether the peer is who may connect: this process's own user, or the one to whom the socket was given.
+pub(crate) fn check_user(stream: &UnixStream, socket: &Path) -> Result<(), HandshakeError> {
     let found = rustix::net::sockopt::socket_peercred(stream)
         .map_err(io::Error::from)?
         .uid
         .as_raw();
     let own = rustix::process::geteuid().as_raw();
-    if found == own || Some(found) == owner {
+    let expected = std::fs::symlink_metadata(socket)?.uid();
+    if found == own || found == expected {
         return Ok(());
     }
-    Err(HandshakeError::User {
-        found,
-        expected: owner.unwrap_or(own),
-    })
+    Err(HandshakeError::User { found, expected })
 }
 
 /// Receives and checks the message.

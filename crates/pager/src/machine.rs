@@ -67,7 +67,6 @@ pub(crate) struct Machine {
     pub(crate) id: String,
     pub(crate) image: Arc<Image>,
     pub(crate) socket: PathBuf,
-    pub(crate) owner: Option<u32>,
     overlay: BTreeMap<u32, BTreeMap<usize, Box<[u8]>>>,
     pub(crate) cache: Arc<Cache>,
     audience: Arc<Audience>,
@@ -97,7 +96,6 @@ pub(crate) struct Parts {
     pub(crate) id: String,
     pub(crate) image: Arc<Image>,
     pub(crate) socket: PathBuf,
-    pub(crate) owner: Option<u32>,
     /// Whole pages by their place in guest RAM.
     pub(crate) overlay: Vec<(u64, Vec<u8>)>,
     pub(crate) recording: Option<Recording>,
@@ -118,7 +116,6 @@ impl Machine {
             id: parts.id,
             image: parts.image,
             socket: parts.socket,
-            owner: parts.owner,
             overlay,
             cache,
             audience,

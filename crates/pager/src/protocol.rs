@@ -141,11 +141,9 @@ pub struct Registration {
     pub image: MemoryId,
     /// The size of the guest's memory, which must be the image's.
     pub memory_bytes: u64,
-    /// Where to listen. The directory exists, and only the server and the VMM can enter it.
+    /// Where to listen. The directory exists, and only the server and the VMM can enter it. The VMM runs as the
+    /// pager's own user, or as the one to whom a jail has given the socket.
     pub socket: PathBuf,
-    /// The user that the VMM runs as, when it is not the pager's own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub owner: Option<u32>,
     /// Pages that this machine has for itself, in place of the image's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overlay: Vec<OverlayPage>,

@@ -109,7 +109,7 @@ fn accept(machine: &Machine, listener: &UnixListener) -> std::io::Result<Option<
 }
 
 fn connected(machine: &Arc<Machine>, stream: &UnixStream) -> End {
-    let checked = handshake::check_user(stream, machine.owner)
+    let checked = handshake::check_user(stream, &machine.socket)
         .and_then(|()| handshake::receive(stream, machine.image.reader().memory_bytes()));
     let (uffd, regions) = match checked {
         Ok(link) => link,

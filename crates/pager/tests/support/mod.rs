@@ -159,7 +159,6 @@ impl Place {
             image,
             memory_bytes: (GUEST_PAGES * PAGE_BYTES) as u64,
             socket: self.path(&format!("{machine}.sock")),
-            owner: None,
             overlay: Vec::new(),
             working_set: false,
         }
