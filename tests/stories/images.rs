@@ -1,7 +1,8 @@
 //! Images: pushed, tagged, shared, deleted, and the hostile ones.
 
+use base64::Engine as _;
 use hypeman_tests::{
-    Image, ImageBuilder, LayerBuilder, MediaFamily, Server, encode, have, sha256, skip_unless,
+    Image, ImageBuilder, LayerBuilder, MediaFamily, Server, ServerOptions, encode, have, sha256, skip_unless,
 };
 use serde_json::{Value, json};
 
@@ -307,4 +308,27 @@ async fn an_image_is_pulled_from_another_registry() {
         .unwrap();
     assert!(grep.stdout.is_empty(), "borrowed credentials stay in memory");
     let _: Image = image;
+}
+
+#[tokio::test]
+async fn a_registry_that_docker_knows_is_pulled_from_with_dockers_credentials() {
+    let upstream = Server::start().await;
+    let name = upstream.push(&small(b"known"), "library/known", "1").await;
+    let home = tempfile::tempdir().unwrap();
+    let server = Server::start_with(ServerOptions {
+        environment: vec![("HOME".to_owned(), home.path().to_string_lossy().into_owned())],
+        ..ServerOptions::default()
+    })
+    .await;
+    let pull = async || server.client().post("/images", &json!({"name": name})).await;
+    assert!(pull().await.status >= 400, "nobody has logged in");
+
+    // `docker login`, while the server runs.
+    let token = upstream.client().token().unwrap();
+    let auth = base64::engine::general_purpose::STANDARD.encode(format!("{token}:x"));
+    let config = json!({"auths": {upstream.host(): {"auth": auth}}});
+    std::fs::create_dir(home.path().join(".docker")).unwrap();
+    std::fs::write(home.path().join(".docker/config.json"), config.to_string()).unwrap();
+    pull().await.expect(202);
+    assert_eq!(server.image_settled(&name).await["status"], "ready");
 }

@@ -165,6 +165,21 @@ pub const KEYS: &[Key] = &[
         "registries spoken to without TLS, host[:port], separated by commas",
     ),
     key(
+        "images.trusted_realms",
+        "",
+        "token services that get a registry's credentials though named otherwise: REGISTRY=HOST, separated by commas",
+    ),
+    key(
+        "images.ca_file",
+        "",
+        "certificate authorities of registries besides the system's, PEM",
+    ),
+    key(
+        "images.proxy",
+        "",
+        "proxy for registries over TLS, http://host:port; $HTTPS_PROXY is not looked at",
+    ),
+    key(
         "snapshot.compression_default.enabled",
         "false",
         "memory of snapshots is compressed when neither request nor instance says otherwise",

@@ -94,6 +94,9 @@ impl Catalog {
         let client_options = ClientOptions {
             insecure: options.insecure_registries.clone(),
             docker_config: options.docker_config.clone(),
+            trusted_realms: options.trusted_realms.clone(),
+            extra_roots: options.extra_roots.clone(),
+            proxy: options.proxy.clone(),
             ..ClientOptions::default()
         };
         let client = RegistryClient::new(client_options.clone())?;

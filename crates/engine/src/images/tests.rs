@@ -20,11 +20,7 @@ const NAME: &str = "localhost:1/app:latest";
 
 async fn catalog(directory: &tempfile::TempDir) -> Arc<Catalog> {
     let layout = Layout::create(directory.path()).unwrap();
-    let options = ImageOptions {
-        compress: false,
-        insecure_registries: Vec::new(),
-        docker_config: Some(directory.path().join("none.json")),
-    };
+    let options = ImageOptions::default();
     let (tasks, closing) = (TaskTracker::new(), CancellationToken::new());
     let store = Store::open(&layout.database()).unwrap();
     Catalog::open(store, layout, options, Limits::default(), tasks, closing)
