@@ -51,7 +51,7 @@ pub struct Limits {
     pub max_concurrent_builds: usize,
     /// Share of the data disk that images may take, 0 to 1.
     pub max_image_storage: f64,
-    /// Pulls are refused while less than this is free on the data disk, bytes.
+    /// Pulls, pushes and conversions leave this much free on the data disk, bytes.
     pub min_free_disk: u64,
 }
 

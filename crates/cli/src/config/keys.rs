@@ -84,7 +84,7 @@ pub const KEYS: &[Key] = &[
     key(
         "limits.min_free_disk",
         "5GB",
-        "pulls are refused while less is free",
+        "what pulls, pushes and conversions leave free",
     ),
     key(
         "hypervisor.default",

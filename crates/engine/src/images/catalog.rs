@@ -90,7 +90,11 @@ impl Catalog {
         tasks: TaskTracker,
         closing: CancellationToken,
     ) -> Result<Arc<Self>, EngineError> {
-        let blobs = BlobStore::open(layout.blobs(), BlobStoreOptions::default()).await?;
+        let blob_options = BlobStoreOptions {
+            reserve_bytes: limits.min_free_disk,
+            ..BlobStoreOptions::default()
+        };
+        let blobs = BlobStore::open(layout.blobs(), blob_options).await?;
         let client_options = ClientOptions {
             insecure: options.insecure_registries.clone(),
             docker_config: options.docker_config.clone(),
