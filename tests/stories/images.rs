@@ -2,9 +2,13 @@
 
 use base64::Engine as _;
 use hypeman_tests::{
-    Image, ImageBuilder, LayerBuilder, MediaFamily, Server, ServerOptions, encode, have, sha256, skip_unless,
+    Image, ImageBuilder, LayerBuilder, MediaFamily, Server, ServerOptions, Upstream, encode, eventually,
+    have, sha256, skip_unless,
 };
 use serde_json::{Value, json};
+
+use crate::crash::{left_nothing, paths};
+use crate::full_disk::noise;
 
 fn small(content: &[u8]) -> ImageBuilder {
     ImageBuilder::empty()
@@ -142,6 +146,7 @@ async fn hostile_layers_fail_with_a_reason_and_touch_nothing() {
     let client = server.client();
     let victim = server.scratch().join("victim");
     std::fs::write(&victim, b"untouched").unwrap();
+    let before = paths(server.data_directory());
     let outside = victim.to_string_lossy().into_owned();
     let file = tar::EntryType::Regular;
     let whole = LayerBuilder::default()
@@ -222,6 +227,49 @@ async fn hostile_layers_fail_with_a_reason_and_touch_nothing() {
             .image_settled(&format!("{}/hostile/gzip:1", server.host()))
             .await["status"],
         "failed"
+    );
+
+    // Of those that failed there is no root disk, finished or not; the rest goes with their names.
+    let disks = std::fs::read_dir(server.data_directory().join("images")).unwrap();
+    let disks: Vec<String> = disks
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .filter(|name| name != ".work")
+        .collect();
+    let harmless = image.digest().replace("sha256:", "");
+    assert!(disks.iter().all(|disk| *disk == harmless), "{disks:?}");
+    let work = std::fs::read_dir(server.data_directory().join("images/.work")).unwrap();
+    assert_eq!(work.count(), 0, "no conversion is left in the middle");
+    for shown in client.get("/images").await.expect(200).json().as_array().unwrap() {
+        let path = format!("/images/{}", encode(shown["name"].as_str().unwrap()));
+        client.delete(&path).await.expect(204);
+    }
+    left_nothing(&server, &before, "hostile layers");
+}
+
+#[tokio::test]
+async fn how_far_a_pull_is_is_told() {
+    let upstream = Upstream::start().await;
+    let server = Server::start().await;
+    let layer = LayerBuilder::default().file("noise", 0o644, &noise(4 << 20));
+    let name = upstream.offer(&ImageBuilder::empty().layer(layer).build(), "library/large", "1");
+    upstream.hold();
+    server
+        .client()
+        .post("/images", &json!({"name": name}))
+        .await
+        .expect(202);
+    let path = format!("/images/{}", encode(&name));
+    eventually("the half that came is told", || async {
+        let shown = server.client().get(&path).await.expect(200).json();
+        let share = shown["progress"].as_f64();
+        shown["status"] == "pulling" && share.is_some_and(|share| (0.3..0.7).contains(&share))
+    })
+    .await;
+    upstream.release();
+    let ready = server.image_settled(&name).await;
+    assert_eq!(
+        (&ready["status"], &ready["progress"]),
+        (&json!("ready"), &Value::Null)
     );
 }
 
