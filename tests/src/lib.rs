@@ -29,6 +29,7 @@ mod processes;
 mod server;
 mod sse;
 mod token;
+mod upstream;
 
 pub use client::{Client, Reply, encode};
 pub use command::{CommandLine, Finished};
@@ -41,6 +42,7 @@ pub use processes::{VmmProcess, vmms_of};
 pub use server::{Server, ServerOptions};
 pub use sse::{EventStream, LogStream};
 pub use token::{Claims, mint, mint_with};
+pub use upstream::Upstream;
 
 use std::time::Duration;
 

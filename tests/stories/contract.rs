@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hypeman_tests::{ImageBuilder, Server, eventually, have, repository, skip_unless};
+use hypeman_tests::{ImageBuilder, LayerBuilder, Server, eventually, have, repository, skip_unless};
 use serde_json::json;
 use tokio::process::Command;
 
@@ -21,6 +21,13 @@ async fn drive(program: &Path, arguments: &[&str], directory: &Path, server: &Se
         .config("Env", json!(["FROM=sdk"]))
         .build()
         .write_layout(&layout, "1");
+    // Another server's registry, to pull from with credentials.
+    let upstream = Server::start().await;
+    let pulled = ImageBuilder::empty()
+        .layer(LayerBuilder::default().file("pulled", 0o644, b"by an SDK"))
+        .cmd(&["/pulled"])
+        .build();
+    let pulled = upstream.push(&pulled, "library/pulled", "1").await;
     let output = Command::new(program)
         .args(arguments)
         .current_dir(directory)
@@ -28,6 +35,8 @@ async fn drive(program: &Path, arguments: &[&str], directory: &Path, server: &Se
         .env("HYPEMAN_API_KEY", server.client().token().unwrap())
         .env("STORY_IMAGE", image)
         .env("STORY_LAYOUT", &layout)
+        .env("STORY_UPSTREAM", &pulled)
+        .env("STORY_UPSTREAM_USER", upstream.client().token().unwrap())
         .env("STORY_SCRATCH", server.scratch())
         .kill_on_drop(true)
         .output()

@@ -8,9 +8,11 @@ use std::path::Path;
 
 use hypeman_engine::faults;
 use hypeman_tests::{
-    Guest, Image, ImageBuilder, LayerBuilder, Server, encode, eventually, have, skip_unless,
+    Guest, Image, ImageBuilder, LayerBuilder, Server, Upstream, encode, eventually, have, skip_unless,
 };
 use serde_json::{Value, json};
+
+use crate::full_disk::noise;
 
 const GROUPS: [&str; 19] = [
     "standby.",
@@ -380,14 +382,58 @@ async fn pull_is_cut_at_each_step() {
         // A pull with borrowed credentials cannot go on by itself: it is absent, failed or ready, and never pending for ever.
         as_before_or_after(&server, &name).await;
         server.client().post("/images", &request).await.expect(202);
-        assert_eq!(server.image_settled(&name).await["status"], "ready", "{point}");
-        server
-            .client()
-            .delete(&format!("/images/{}", encode(&name)))
-            .await
-            .expect(204);
+        ready_and_gone_without_a_trace(&server, &name, &before, point).await;
     }
-    assert!(!before.is_empty());
+}
+
+/// An image becomes ready without anybody asking for it, and all of it goes when it is deleted.
+async fn ready_and_gone_without_a_trace(server: &Server, name: &str, before: &BTreeSet<String>, point: &str) {
+    assert_eq!(server.image_settled(name).await["status"], "ready", "{point}");
+    server
+        .client()
+        .delete(&format!("/images/{}", encode(name)))
+        .await
+        .expect(204);
+    left_nothing(server, before, point);
+}
+
+#[tokio::test]
+async fn a_pull_that_needs_no_credentials_goes_on_by_itself() {
+    let upstream = Upstream::start().await;
+    let (mut server, before) = warmed_up().await;
+    for (number, point) in group("image.").enumerate() {
+        let image = image_of(&format!("open {point}"));
+        let name = upstream.offer(&image, "cut", &number.to_string());
+        let request = json!({"name": name});
+        cut(&mut server, point, async |client| {
+            client
+                .try_send(client.request(reqwest::Method::POST, "/images").json(&request))
+                .await
+        })
+        .await;
+        ready_and_gone_without_a_trace(&server, &name, &before, point).await;
+    }
+}
+
+#[tokio::test]
+async fn a_pull_killed_in_the_middle_of_a_layer_goes_on_by_itself() {
+    let upstream = Upstream::start().await;
+    let (mut server, before) = warmed_up().await;
+    let image = ImageBuilder::empty()
+        .layer(LayerBuilder::default().file("noise", 0o644, &noise(8 << 20)))
+        .build();
+    let name = upstream.offer(&image, "cut", "layer");
+    upstream.hold();
+    server
+        .client()
+        .post("/images", &json!({"name": name}))
+        .await
+        .expect(202);
+    upstream.stopped().await;
+    server.kill();
+    upstream.release();
+    server.start_again().await;
+    ready_and_gone_without_a_trace(&server, &name, &before, "a layer").await;
 }
 
 #[tokio::test]

@@ -1,11 +1,11 @@
 //! A disk that fills up: a clear error, nothing corrupt, and on it goes once there is space.
 
 use hypeman_tests::{
-    Image, ImageBuilder, LayerBuilder, LoopDisk, Server, ServerOptions, have, sha256, skip_unless,
+    Image, ImageBuilder, LayerBuilder, LoopDisk, Server, ServerOptions, Upstream, have, sha256, skip_unless,
 };
 use serde_json::json;
 
-fn noise(bytes: usize) -> Vec<u8> {
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     std::iter::repeat_with(|| {
         state ^= state << 13;
@@ -92,6 +92,44 @@ async fn a_push_into_a_full_disk_fails_clearly_and_works_later() {
         "ready",
         "the first one is untouched"
     );
+}
+
+#[tokio::test]
+async fn a_pull_whose_disk_fills_up_in_the_middle_fails_clearly_and_works_later() {
+    let Some(disk) = LoopDisk::mount(192) else {
+        skip_unless!(false, "needs root and a loop device");
+        return;
+    };
+    let server = server_on(&disk).await;
+    let client = server.client();
+    let upstream = Upstream::start().await;
+    let image = ImageBuilder::empty()
+        .layer(LayerBuilder::default().file("noise", 0o644, &noise(32 << 20)))
+        .build();
+    let name = upstream.offer(&image, "full", "1");
+    let request = json!({"name": name});
+
+    upstream.hold();
+    client.post("/images", &request).await.expect(202);
+    upstream.stopped().await;
+    let filler = disk.fill(2 << 20);
+    upstream.release();
+    let settled = server.image_settled(&name).await;
+    assert_eq!(settled["status"], "failed", "{settled}");
+    assert!(
+        settled["error"]
+            .as_str()
+            .unwrap()
+            .to_lowercase()
+            .contains("space"),
+        "the reason is told: {settled}"
+    );
+    let partial = std::fs::read_dir(server.data_directory().join("blobs/partial")).unwrap();
+    assert_eq!(partial.count(), 0, "what came is given back");
+
+    std::fs::remove_file(&filler).unwrap();
+    client.post("/images", &request).await.expect(202);
+    assert_eq!(server.image_settled(&name).await["status"], "ready");
 }
 
 #[tokio::test]

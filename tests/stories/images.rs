@@ -1,9 +1,14 @@
 //! Images: pushed, tagged, shared, deleted, and the hostile ones.
 
+use base64::Engine as _;
 use hypeman_tests::{
-    Image, ImageBuilder, LayerBuilder, MediaFamily, Server, encode, have, sha256, skip_unless,
+    Image, ImageBuilder, LayerBuilder, MediaFamily, Server, ServerOptions, Upstream, encode, eventually,
+    have, sha256, skip_unless,
 };
 use serde_json::{Value, json};
+
+use crate::crash::{left_nothing, paths};
+use crate::full_disk::noise;
 
 fn small(content: &[u8]) -> ImageBuilder {
     ImageBuilder::empty()
@@ -141,6 +146,7 @@ async fn hostile_layers_fail_with_a_reason_and_touch_nothing() {
     let client = server.client();
     let victim = server.scratch().join("victim");
     std::fs::write(&victim, b"untouched").unwrap();
+    let before = paths(server.data_directory());
     let outside = victim.to_string_lossy().into_owned();
     let file = tar::EntryType::Regular;
     let whole = LayerBuilder::default()
@@ -222,6 +228,49 @@ async fn hostile_layers_fail_with_a_reason_and_touch_nothing() {
             .await["status"],
         "failed"
     );
+
+    // Of those that failed there is no root disk, finished or not; the rest goes with their names.
+    let disks = std::fs::read_dir(server.data_directory().join("images")).unwrap();
+    let disks: Vec<String> = disks
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .filter(|name| name != ".work")
+        .collect();
+    let harmless = image.digest().replace("sha256:", "");
+    assert!(disks.iter().all(|disk| *disk == harmless), "{disks:?}");
+    let work = std::fs::read_dir(server.data_directory().join("images/.work")).unwrap();
+    assert_eq!(work.count(), 0, "no conversion is left in the middle");
+    for shown in client.get("/images").await.expect(200).json().as_array().unwrap() {
+        let path = format!("/images/{}", encode(shown["name"].as_str().unwrap()));
+        client.delete(&path).await.expect(204);
+    }
+    left_nothing(&server, &before, "hostile layers");
+}
+
+#[tokio::test]
+async fn how_far_a_pull_is_is_told() {
+    let upstream = Upstream::start().await;
+    let server = Server::start().await;
+    let layer = LayerBuilder::default().file("noise", 0o644, &noise(4 << 20));
+    let name = upstream.offer(&ImageBuilder::empty().layer(layer).build(), "library/large", "1");
+    upstream.hold();
+    server
+        .client()
+        .post("/images", &json!({"name": name}))
+        .await
+        .expect(202);
+    let path = format!("/images/{}", encode(&name));
+    eventually("the half that came is told", || async {
+        let shown = server.client().get(&path).await.expect(200).json();
+        let share = shown["progress"].as_f64();
+        shown["status"] == "pulling" && share.is_some_and(|share| (0.3..0.7).contains(&share))
+    })
+    .await;
+    upstream.release();
+    let ready = server.image_settled(&name).await;
+    assert_eq!(
+        (&ready["status"], &ready["progress"]),
+        (&json!("ready"), &Value::Null)
+    );
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -234,19 +283,28 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 #[tokio::test]
 async fn a_bomb_is_stopped() {
     let server = Server::start().await;
-    // One gigabyte of nothing in a megabyte, a thousand times over by repetition of the layer.
-    let tar = LayerBuilder::default()
-        .file("zeros", 0o644, &vec![0; 256 << 20])
-        .finish();
-    let image = ImageBuilder::empty().tar_layer(&tar).build();
+    // Three gigabytes of nothing in three megabytes.
+    let mut header = tar::Header::new_gnu();
+    header.set_path("zeros").unwrap();
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_size(3 << 30);
+    header.set_cksum();
+    let zeros = gzip(&vec![0; 64 << 20]);
+    let bomb = [gzip(header.as_bytes()), zeros.repeat(48)].concat();
+    let image = ImageBuilder::empty()
+        .blob_layer(bomb, &sha256(b"nobody reads this far"))
+        .build();
     let _ = image.push(server.client(), "hostile/bomb", "1").await;
     let settled = server
         .image_settled(&format!("{}/hostile/bomb:1", server.host()))
         .await;
-    // Either refused for its ratio, or held: zeros cost nothing. Never may the server grow with it.
+    assert_eq!(settled["status"], "failed", "{settled}");
+    let reason = settled["error"].as_str().unwrap();
     assert!(
-        settled["status"] == "failed" || settled["status"] == "ready",
-        "{settled}"
+        reason.contains("the layers expand more than 200 times"),
+        "the reason is told: {reason}"
     );
     let peak = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
     let peak = peak
@@ -307,4 +365,27 @@ async fn an_image_is_pulled_from_another_registry() {
         .unwrap();
     assert!(grep.stdout.is_empty(), "borrowed credentials stay in memory");
     let _: Image = image;
+}
+
+#[tokio::test]
+async fn a_registry_that_docker_knows_is_pulled_from_with_dockers_credentials() {
+    let upstream = Server::start().await;
+    let name = upstream.push(&small(b"known"), "library/known", "1").await;
+    let home = tempfile::tempdir().unwrap();
+    let server = Server::start_with(ServerOptions {
+        environment: vec![("HOME".to_owned(), home.path().to_string_lossy().into_owned())],
+        ..ServerOptions::default()
+    })
+    .await;
+    let pull = async || server.client().post("/images", &json!({"name": name})).await;
+    assert!(pull().await.status >= 400, "nobody has logged in");
+
+    // `docker login`, while the server runs.
+    let token = upstream.client().token().unwrap();
+    let auth = base64::engine::general_purpose::STANDARD.encode(format!("{token}:x"));
+    let config = json!({"auths": {upstream.host(): {"auth": auth}}});
+    std::fs::create_dir(home.path().join(".docker")).unwrap();
+    std::fs::write(home.path().join(".docker/config.json"), config.to_string()).unwrap();
+    pull().await.expect(202);
+    assert_eq!(server.image_settled(&name).await["status"], "ready");
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 /// An OCI image, on its way to become a root disk or ready as one.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Image {
     /// Normalised reference.
     #[schema(example = "docker.io/library/alpine:latest")]
@@ -23,6 +23,10 @@ pub struct Image {
     /// Place in the queue, from 1; null when it does not wait.
     #[schema(required, minimum = 1)]
     pub queue_position: Option<u32>,
+    /// Share of the present step (`pulling` or `converting`) that is done; absent where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, minimum = 0, maximum = 1)]
+    pub progress: Option<f64>,
     /// Why it failed; null unless it did.
     #[schema(required)]
     pub error: Option<String>,

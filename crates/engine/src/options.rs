@@ -51,7 +51,7 @@ pub struct Limits {
     pub max_concurrent_builds: usize,
     /// Share of the data disk that images may take, 0 to 1.
     pub max_image_storage: f64,
-    /// Pulls are refused while less than this is free on the data disk, bytes.
+    /// Pulls, pushes and conversions leave this much free on the data disk, bytes.
     pub min_free_disk: u64,
 }
 
@@ -69,14 +69,20 @@ impl Default for Limits {
 }
 
 /// How images are fetched and stored.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ImageOptions {
     /// Root disks are lz4-compressed instead of plain.
     pub compress: bool,
     /// Registries spoken to without TLS, `host[:port]`.
     pub insecure_registries: Vec<String>,
-    /// Docker's credential file; `None` uses `~/.docker/config.json`.
+    /// Docker's credential file, read afresh for each pull; one that is absent has nothing.
     pub docker_config: Option<PathBuf>,
+    /// Pairs of a registry and the host of a token service that may get its credentials.
+    pub trusted_realms: Vec<(String, String)>,
+    /// Certificate authorities besides the system's, PEM.
+    pub extra_roots: Vec<Vec<u8>>,
+    /// Proxy for registries over TLS, `http://host:port`.
+    pub proxy: Option<String>,
 }
 
 /// How snapshots are kept.

@@ -163,7 +163,11 @@ impl ImageError {
     pub fn io(context: impl Into<String>, source: std::io::Error) -> Self {
         match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                Self::NoSpace(context.into())
+                Self::NoSpace(match source.get_ref() {
+                    // Not the system's answer, but our own: it says what to do.
+                    Some(reason) => format!("{}: {reason}", context.into()),
+                    None => context.into(),
+                })
             }
             _ => Self::Io {
                 context: context.into(),

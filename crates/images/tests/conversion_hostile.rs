@@ -373,11 +373,21 @@ fn bombs() {
         ratio_floor: 1 << 20,
         ..Limits::default()
     };
+    let mut filling = Tar::default();
+    filling.file("filling", &zeros[..64 << 10]);
     for packed in [gzip(&tar.end()), zstd::encode_all(&tar.end()[..], 3).unwrap()] {
         assert_eq!(
             layer_problem(&[layer(packed.clone())], ratio.clone()),
             P::Ratio { limit: 100 }
         );
+        // What counts is the whole image, whichever layer is read first: zeros among enough else are welcome.
+        for zeros_first in [true, false] {
+            let mut layers = [layer(packed.clone()), layer(filling.end())];
+            if !zeros_first {
+                layers.reverse();
+            }
+            assert!(attempt(&layers, ratio.clone()).is_ok());
+        }
         let bytes = Limits {
             uncompressed_bytes: 6 << 20,
             ..Limits::default()

@@ -3,6 +3,7 @@
 What is about snapshots stands in snapshots.py.
 
 Environment: HYPEMAN_BASE_URL and HYPEMAN_API_KEY as the SDK reads them, STORY_IMAGE (a ready busybox image),
+STORY_UPSTREAM (an image of another registry) and STORY_UPSTREAM_USER (who may pull it, with any password),
 STORY_SCRATCH (a directory to write in). Prints one line for each step; ends non-zero at the first failure.
 """
 
@@ -49,6 +50,22 @@ def images():
         client.images.get(target)
     with refused(400, "invalid_platform"):
         client.images.create(name=IMAGE, platform="beos/ppc")
+
+
+def pulling():
+    name, user = os.environ["STORY_UPSTREAM"], os.environ["STORY_UPSTREAM_USER"]
+    asked = client.images.create(
+        name=name, credentials={"username": user, "password": "any"}, tags={"client": "python"}
+    )
+    assert asked.name == name and asked.digest.startswith("sha256:") and asked.status != "failed"
+    while (pulled := client.images.get(name)).status != "ready":
+        assert pulled.status != "failed", pulled.error
+        time.sleep(0.1)
+    assert pulled.digest == asked.digest and pulled.size_bytes > 0
+    assert pulled.cmd == ["/pulled"] and pulled.tags == {"client": "python"}
+    client.images.delete(name)
+    with refused(404, "not_found"):
+        client.images.get(name)
 
 
 def lifecycle():
@@ -183,7 +200,7 @@ def access():
         stranger.instances.list()
 
 
-STEPS = [service, access, images, lifecycle, executing, copying, logs, policies, asynchronous, stopping]
+STEPS = [service, access, images, pulling, lifecycle, executing, copying, logs, policies, asynchronous, stopping]
 STEPS += snapshots.STEPS
 
 

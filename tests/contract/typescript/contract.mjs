@@ -2,8 +2,9 @@
 // What is about snapshots stands in snapshots.mjs.
 //
 // Environment: HYPEMAN_BASE_URL and HYPEMAN_API_KEY as the SDK reads them, STORY_IMAGE (a ready busybox image),
-// STORY_LAYOUT (an OCI layout to push), STORY_SCRATCH (a directory to write in). Prints one line for each step;
-// ends non-zero at the first failure.
+// STORY_LAYOUT (an OCI layout to push), STORY_UPSTREAM (an image of another registry) and STORY_UPSTREAM_USER (who may
+// pull it, with any password), STORY_SCRATCH (a directory to write in). Prints one line for each step; ends non-zero at
+// the first failure.
 
 import assert from 'node:assert/strict';
 import crypto from 'node:crypto';
@@ -70,6 +71,20 @@ const steps = {
     assert.equal(tagged.digest, shown.digest);
     await client.images.delete(target);
     await refused(404, 'not_found', () => client.images.get(target));
+  },
+
+  async pulling() {
+    const { STORY_UPSTREAM: name, STORY_UPSTREAM_USER: username } = process.env;
+    const asked = await client.images.create({
+      name, credentials: { username, password: 'any' }, tags: { client: 'typescript' },
+    });
+    assert.equal(asked.name, name);
+    const pulled = await ready(name);
+    assert.equal(pulled.digest, asked.digest);
+    assert.deepEqual(pulled.cmd, ['/pulled']);
+    assert.deepEqual(pulled.tags, { client: 'typescript' });
+    await client.images.delete(name);
+    await refused(404, 'not_found', () => client.images.get(name));
   },
 
   async lifecycle() {

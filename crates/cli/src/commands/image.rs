@@ -230,6 +230,7 @@ pub(crate) async fn wait_ready(
                     .integer("queue_position")
                     .map(|place| format!(" (number {place} in the queue)"));
                 progress.say(&format!("{name}: {status}{}", place.unwrap_or_default()));
+                progress.share(image.number("progress"));
             }
         }
         tokio::time::sleep(POLL).await;
@@ -262,13 +263,22 @@ fn table(items: &[Document], now: Timestamp) -> String {
         table.row([
             item.text("name").map(str::to_owned),
             item.text("digest").map(short_digest),
-            item.text("status").map(str::to_owned),
+            status(item),
             item.integer("size_bytes")
                 .map(|size| output::bytes(u64::try_from(size).unwrap_or(0))),
             item.text("created_at").map(|time| age(time, now)),
         ]);
     }
     table.render()
+}
+
+/// How far an image is: `ready`, or `pulling 42%`.
+fn status(image: &Document) -> Option<String> {
+    let status = image.text("status")?;
+    Some(match image.number("progress") {
+        Some(share) => format!("{status} {:.0}%", share * 100.0),
+        None => status.to_owned(),
+    })
 }
 
 fn short_digest(digest: &str) -> String {
@@ -296,7 +306,7 @@ fn describe(image: &Document) -> String {
     fact("Name", image.text("name").map(str::to_owned));
     fact("Digest", image.text("digest").map(str::to_owned));
     fact("Platform", image.text("platform").map(str::to_owned));
-    fact("Status", image.text("status").map(str::to_owned));
+    fact("Status", status(image));
     fact(
         "Queue",
         image.integer("queue_position").map(|place| place.to_string()),
@@ -325,4 +335,21 @@ fn describe(image: &Document) -> String {
         }
     }
     table.render()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_tells_the_share_where_it_is_known() {
+        for (image, shown) in [
+            (r#"{"status":"pulling","progress":0.4242}"#, "pulling 42%"),
+            (r#"{"status":"converting","progress":1}"#, "converting 100%"),
+            (r#"{"status":"pending"}"#, "pending"),
+        ] {
+            let image = Document::parse(image.as_bytes()).unwrap();
+            assert_eq!(status(&image).as_deref(), Some(shown));
+        }
+    }
 }

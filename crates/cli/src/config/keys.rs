@@ -84,7 +84,7 @@ pub const KEYS: &[Key] = &[
     key(
         "limits.min_free_disk",
         "5GB",
-        "pulls are refused while less is free",
+        "what pulls, pushes and conversions leave free",
     ),
     key(
         "hypervisor.default",
@@ -163,6 +163,21 @@ pub const KEYS: &[Key] = &[
         "images.insecure_registries",
         "",
         "registries spoken to without TLS, host[:port], separated by commas",
+    ),
+    key(
+        "images.trusted_realms",
+        "",
+        "token services that get a registry's credentials though named otherwise: REGISTRY=HOST, separated by commas",
+    ),
+    key(
+        "images.ca_file",
+        "",
+        "certificate authorities of registries besides the system's, PEM",
+    ),
+    key(
+        "images.proxy",
+        "",
+        "proxy for registries over TLS, http://host:port; $HTTPS_PROXY is not looked at",
     ),
     key(
         "snapshot.compression_default.enabled",

@@ -6,6 +6,7 @@
 //! default.
 
 mod data;
+mod images;
 mod keys;
 pub(crate) mod options;
 mod values;

@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 
 use hypeman_api::instance::Hypervisor;
 use hypeman_core::snapshot::{Algorithm, CompressionChoice};
-use hypeman_engine::{
-    EngineOptions, ImageOptions, Limits, LogOptions, PagingMode, PagingOptions, SnapshotOptions,
-};
+use hypeman_engine::{EngineOptions, Limits, LogOptions, PagingMode, PagingOptions, SnapshotOptions};
 use hypeman_kernel::KernelOptions;
 use hypeman_network::NetworkOptions;
 use hypeman_vmm::{Accelerator, JailOptions, VmmKind, VmmOptions};
@@ -40,7 +38,6 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
     if !(0.0..=1.0).contains(&share) {
         return Err(CliError::usage("limits.max_image_storage must be from 0 to 1"));
     }
-    let compress = values.parsed("images.compress", "write true or false")?;
     Ok(EngineOptions {
         guest_program: guest.bytes,
         default_hypervisor: default_hypervisor(values)?,
@@ -55,11 +52,7 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
         vmm: vmm(values, &data_directory, Some(data_directory.join("system")))?,
         kernel: kernel(values)?,
         network: network(values)?,
-        images: ImageOptions {
-            compress,
-            insecure_registries: values.list("images.insecure_registries", "write host[:port]")?,
-            docker_config: values.path("docker_config"),
-        },
+        images: super::images::options(values)?,
         logs: LogOptions {
             max_size: values.size("logging.max_size")?,
             max_files: values.parsed("logging.max_files", whole)?,

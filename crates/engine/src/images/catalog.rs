@@ -90,10 +90,17 @@ impl Catalog {
         tasks: TaskTracker,
         closing: CancellationToken,
     ) -> Result<Arc<Self>, EngineError> {
-        let blobs = BlobStore::open(layout.blobs(), BlobStoreOptions::default()).await?;
+        let blob_options = BlobStoreOptions {
+            reserve_bytes: limits.min_free_disk,
+            ..BlobStoreOptions::default()
+        };
+        let blobs = BlobStore::open(layout.blobs(), blob_options).await?;
         let client_options = ClientOptions {
             insecure: options.insecure_registries.clone(),
             docker_config: options.docker_config.clone(),
+            trusted_realms: options.trusted_realms.clone(),
+            extra_roots: options.extra_roots.clone(),
+            proxy: options.proxy.clone(),
             ..ClientOptions::default()
         };
         let client = RegistryClient::new(client_options.clone())?;

@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hypeman_images::layers::{self, Compression, ConvertObserver, ConvertOptions};
 use hypeman_images::registry::layer_sources;
@@ -59,6 +59,7 @@ impl Progress {
     }
 }
 
+/// Watches a pull.
 struct Watcher(Arc<Job>);
 
 impl TransferObserver for Watcher {
@@ -76,13 +77,49 @@ impl TransferObserver for Watcher {
     }
 }
 
-impl ConvertObserver for Watcher {
+/// So many questions whether to stop are answered by one look at the disk: each time that layers have grown by 8 MiB.
+const QUESTIONS_A_LOOK: u32 = 64;
+
+/// Watches a conversion, and stops it before it takes what the disk keeps for others.
+struct Guard {
+    catalog: Arc<Catalog>,
+    job: Arc<Job>,
+    questions: AtomicU32,
+    refusal: Mutex<Option<EngineError>>,
+}
+
+impl Guard {
+    fn new(catalog: &Arc<Catalog>, job: &Arc<Job>) -> Self {
+        Self {
+            catalog: Arc::clone(catalog),
+            job: Arc::clone(job),
+            questions: AtomicU32::new(0),
+            refusal: Mutex::default(),
+        }
+    }
+
+    fn refusal(&self) -> MutexGuard<'_, Option<EngineError>> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why the conversion ended: for want of room, or as it says itself.
+    fn reason(&self, error: &layers::ConvertError) -> EngineError {
+        self.refusal().take().unwrap_or_else(|| refused(error))
+    }
+}
+
+impl ConvertObserver for Guard {
     fn progress(&self, bytes_read: u64, total: u64) {
-        self.0.progress.set(bytes_read, total);
+        self.job.progress.set(bytes_read, total);
     }
 
     fn cancelled(&self) -> bool {
-        self.0.cancel.is_cancelled()
+        let mut refusal = self.refusal();
+        let question = self.questions.fetch_add(1, Ordering::Relaxed);
+        if refusal.is_none() && question.is_multiple_of(QUESTIONS_A_LOOK) {
+            *refusal = self.catalog.check_room().err();
+        }
+        refusal.is_some() || self.job.cancel.is_cancelled()
     }
 }
 
@@ -165,7 +202,7 @@ impl Catalog {
         self.changed.notify_waiters();
     }
 
-    async fn make(&self, content: Content, job: &Arc<Job>) -> Result<Content, EngineError> {
+    async fn make(self: &Arc<Self>, content: Content, job: &Arc<Job>) -> Result<Content, EngineError> {
         let digest: Digest = Digest::parse(&content.digest)?;
         let manifest = Manifest::parse(self.blobs.read_document(&digest).await?, None)?;
         let config = match &content.upstream {
@@ -226,7 +263,7 @@ impl Catalog {
     }
 
     async fn convert(
-        &self,
+        self: &Arc<Self>,
         digest: &str,
         manifest: &Manifest,
         config: &ImageConfig,
@@ -245,7 +282,7 @@ impl Catalog {
             },
             ..ConvertOptions::default()
         };
-        let observer = Watcher(Arc::clone(job));
+        let guard = Guard::new(self, job);
         let path = work.clone();
         let converted = tokio::task::spawn_blocking(move || -> Result<u64, EngineError> {
             let output = File::options()
@@ -255,7 +292,9 @@ impl Catalog {
                 .open(&path)
                 .map_err(|error| EngineError::io("create the root disk", error))?;
             let converted =
-                layers::convert(&sources, &output, &options, &observer).map_err(|error| refused(&error))?;
+                layers::convert(&sources, &output, &options, &guard).map_err(|error| guard.reason(&error))?;
+            // The end of a root disk is written after the last question.
+            guard.catalog.check_room()?;
             output
                 .sync_all()
                 .map_err(|error| EngineError::io("sync the root disk", error))?;

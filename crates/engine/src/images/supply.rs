@@ -155,6 +155,26 @@ impl Catalog {
         Ok(())
     }
 
+    /// Refuses conversions that take more than there is for them.
+    pub(super) fn check_room(&self) -> Result<(), EngineError> {
+        self.check_reserve()?;
+        self.check_budget(self.unfinished_bytes()?)
+    }
+
+    /// Bytes of the root disks that are being written.
+    fn unfinished_bytes(&self) -> Result<u64, EngineError> {
+        let failed = |error| EngineError::io("inspect the conversions under way", error);
+        let mut bytes = 0;
+        for entry in std::fs::read_dir(self.layout.image_work()).map_err(failed)? {
+            // One that has just ended counts as what it became.
+            bytes += entry
+                .map_err(failed)?
+                .metadata()
+                .map_or(0, |metadata| metadata.len());
+        }
+        Ok(bytes)
+    }
+
     /// Free and all bytes of the disk that holds the data directory.
     fn data_disk(&self) -> Result<(u64, u64), EngineError> {
         let disk = rustix::fs::statvfs(self.layout.root())

@@ -18,16 +18,26 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const NAME: &str = "localhost:1/app:latest";
 
+/// As much of the disk as there is.
+const WHOLE_DISK: Limits = Limits {
+    max_vcpus_per_instance: 1,
+    max_memory_per_instance: 1 << 30,
+    max_overlay_size: 1 << 30,
+    max_concurrent_builds: 1,
+    max_image_storage: 1.0,
+    min_free_disk: 0,
+};
+
 async fn catalog(directory: &tempfile::TempDir) -> Arc<Catalog> {
+    catalog_with(directory, WHOLE_DISK).await
+}
+
+async fn catalog_with(directory: &tempfile::TempDir, limits: Limits) -> Arc<Catalog> {
     let layout = Layout::create(directory.path()).unwrap();
-    let options = ImageOptions {
-        compress: false,
-        insecure_registries: Vec::new(),
-        docker_config: Some(directory.path().join("none.json")),
-    };
+    let options = ImageOptions::default();
     let (tasks, closing) = (TaskTracker::new(), CancellationToken::new());
     let store = Store::open(&layout.database()).unwrap();
-    Catalog::open(store, layout, options, Limits::default(), tasks, closing)
+    Catalog::open(store, layout, options, limits, tasks, closing)
         .await
         .unwrap()
 }
@@ -72,6 +82,47 @@ async fn ready(catalog: &Arc<Catalog>) {
         .unwrap();
     assert_eq!(image.status, ImageStatus::Ready);
     assert!(catalog.layout.root_disk(&image.digest).exists());
+}
+
+#[tokio::test]
+async fn an_image_beyond_the_budget_fails_with_the_reason_and_leaves_no_root_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = Limits {
+        max_image_storage: 0.0,
+        ..WHOLE_DISK
+    };
+    let catalog = catalog_with(&directory, limits).await;
+    push(&catalog).await.unwrap();
+    let failed = catalog
+        .ensure_ready(NAME, None, Duration::from_secs(60))
+        .await
+        .unwrap_err();
+    assert!(
+        failed.to_string().contains("limits.max_image_storage"),
+        "{failed}"
+    );
+    let image = catalog.get(NAME).unwrap();
+    assert_eq!(image.status, ImageStatus::Failed);
+    assert!(!catalog.layout.root_disk(&image.digest).exists());
+    assert_eq!(std::fs::read_dir(catalog.layout.image_work()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn nothing_is_pushed_into_the_reserve_of_the_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = Limits {
+        min_free_disk: u64::MAX,
+        ..WHOLE_DISK
+    };
+    let catalog = catalog_with(&directory, limits).await;
+    let refused = catalog
+        .blobs()
+        .put_bytes(Bytes::from_static(b"layer"))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), "no_space");
+    assert!(refused.to_string().contains("limits.min_free_disk"), "{refused}");
+    assert!(catalog.blobs().list().await.unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@
 //! * A blob appears by one rename, after its digest matched and its bytes were synced; then its directory is synced.
 //! * Each unfinished file is held by an advisory lock while someone writes it, so that a write left behind by a
 //!   cancelled task can never mix with its successor's.
-//! * A failed write for lack of space removes what it wrote.
+//! * A failed write for lack of space removes what it wrote, and no write takes the disk's reserve.
 
 mod sink;
 mod upload;
@@ -48,6 +48,8 @@ pub struct BlobStoreOptions {
     pub upload_max_age: Duration,
     /// Interrupted downloads older than this are removed when the store opens. Zero removes all.
     pub partial_max_age: Duration,
+    /// Bytes of the disk that no blob may take.
+    pub reserve_bytes: u64,
 }
 
 impl Default for BlobStoreOptions {
@@ -58,6 +60,7 @@ impl Default for BlobStoreOptions {
             max_uploads: 256,
             upload_max_age: Duration::from_secs(24 * 3600),
             partial_max_age: Duration::from_secs(24 * 3600),
+            reserve_bytes: 0,
         }
     }
 }

@@ -17,22 +17,25 @@ pub(super) struct Sink {
     file: fs::File,
     hasher: sha2::Sha256,
     written: u64,
+    /// Bytes of the disk that writes leave free.
+    reserve: u64,
 }
 
 impl Sink {
     /// Creates a file that must not exist.
-    pub(super) fn create(path: &Path) -> io::Result<Self> {
+    pub(super) fn create(path: &Path, reserve: u64) -> io::Result<Self> {
         let file = private_options().create_new(true).open(path)?;
         rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
         Ok(Self {
             file,
             hasher: sha2::Sha256::new(),
             written: 0,
+            reserve,
         })
     }
 
     /// Continues a file, hashing what it holds; creates it when asked and missing. Content beyond `limit` is cut.
-    pub(super) fn resume(path: &Path, create: bool, limit: u64) -> io::Result<Self> {
+    pub(super) fn resume(path: &Path, create: bool, limit: u64, reserve: u64) -> io::Result<Self> {
         let file = private_options().create(create).truncate(false).open(path)?;
         // Waits for a write that a cancelled task may still be doing.
         rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
@@ -43,6 +46,7 @@ impl Sink {
             file,
             hasher: sha2::Sha256::new(),
             written: 0,
+            reserve,
         };
         let mut buffer = vec![0; 256 << 10];
         loop {
@@ -62,7 +66,19 @@ impl Sink {
         self.written
     }
 
+    /// Appends bytes, unless that would take what the disk keeps for others.
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.reserve > 0 && !bytes.is_empty() {
+            let disk = rustix::fs::fstatvfs(&self.file)?;
+            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+            if free < self.reserve.saturating_add(bytes.len() as u64) {
+                let kept = format!(
+                    "the disk keeps a reserve of {} MiB (limits.min_free_disk)",
+                    self.reserve >> 20
+                );
+                return Err(io::Error::new(io::ErrorKind::StorageFull, kept));
+            }
+        }
         self.file.write_all(bytes)?;
         self.hasher.update(bytes);
         self.written += bytes.len() as u64;

@@ -139,7 +139,8 @@ impl BlobStore {
                     "the upload area (too many unfinished uploads)".to_owned(),
                 ));
             }
-            let sink = Sink::create(&store.upload_path(&id)).map_err(failed)?;
+            let sink =
+                Sink::create(&store.upload_path(&id), store.shared.options.reserve_bytes).map_err(failed)?;
             let session = Session {
                 offset: AtomicU64::new(0),
                 sink: tokio::sync::Mutex::new(Some(sink)),
@@ -198,8 +199,9 @@ impl BlobStore {
             return Ok(sink);
         }
         let (path, id) = (self.upload_path(id), *id);
+        let reserve = self.shared.options.reserve_bytes;
         blocking(move || {
-            Sink::resume(&path, false, u64::MAX).map_err(|error| match error.kind() {
+            Sink::resume(&path, false, u64::MAX, reserve).map_err(|error| match error.kind() {
                 io::ErrorKind::NotFound => not_found(&id),
                 _ => ImageError::io("continue an upload", error),
             })

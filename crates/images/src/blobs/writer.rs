@@ -40,9 +40,10 @@ impl BlobStore {
     /// [`ImageError::NoSpace`], [`ImageError::Io`].
     pub async fn writer(&self) -> Result<BlobWriter> {
         let path = self.shared.tmp.join(super::UploadId::random().to_string());
-        let created = path.clone();
-        let sink =
-            blocking(move || Sink::create(&created).map_err(|error| ImageError::io("create a blob", error)));
+        let (created, reserve) = (path.clone(), self.shared.options.reserve_bytes);
+        let sink = blocking(move || {
+            Sink::create(&created, reserve).map_err(|error| ImageError::io("create a blob", error))
+        });
         Ok(BlobWriter::new(self.clone(), path, sink.await?, false))
     }
 
@@ -54,11 +55,13 @@ impl BlobStore {
     pub async fn download_writer(&self, digest: &Digest, size: u64) -> Result<BlobWriter> {
         let path = self.shared.partial.join(digest.hex());
         let (opened, partial, digest) = (path.clone(), self.shared.partial.clone(), *digest);
+        let reserve = self.shared.options.reserve_bytes;
         let sink = blocking(move || {
             let failed = |error| ImageError::io(format!("blob {digest}"), error);
-            let sink = Sink::resume(&opened, true, size).map_err(failed)?;
+            let sink = Sink::resume(&opened, true, size, reserve).map_err(failed)?;
             let disk = rustix::fs::statvfs(&partial).map_err(|error| failed(error.into()))?;
-            if disk.f_bavail.saturating_mul(disk.f_frsize) < size - sink.written() {
+            let needed = reserve.saturating_add(size - sink.written());
+            if disk.f_bavail.saturating_mul(disk.f_frsize) < needed {
                 let _ = std::fs::remove_file(&opened);
                 return Err(ImageError::NoSpace(format!("blob {digest} of {size} bytes")));
             }

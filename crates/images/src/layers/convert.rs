@@ -245,7 +245,7 @@ impl<'a> Conversion<'a> {
                 &self.layers[layer],
                 &self.options.limits,
                 &totals,
-                0,
+                self.total,
                 &quiet,
             );
             thread::scope(|scope| {

@@ -109,8 +109,8 @@ pub enum LayerProblem {
         /// The limit in bytes.
         limit: u64,
     },
-    /// The layer grows more than allowed when uncompressed.
-    #[error("the layer expands more than {limit} times")]
+    /// The layers grow more than allowed when uncompressed.
+    #[error("the layers expand more than {limit} times")]
     Ratio {
         /// The limit.
         limit: u64,

@@ -5,9 +5,9 @@
 pub struct Limits {
     /// Uncompressed bytes of all layers together.
     pub uncompressed_bytes: u64,
-    /// Uncompressed bytes for each compressed byte, once a layer is beyond [`Limits::ratio_floor`].
+    /// Uncompressed bytes for each compressed byte, of all layers together beyond [`Limits::ratio_floor`].
     pub ratio: u64,
-    /// Uncompressed bytes of a layer below which the ratio is not looked at.
+    /// Uncompressed bytes of all layers together below which the ratio is not looked at.
     pub ratio_floor: u64,
     /// Entries of all layers together, and directories made for want of an entry.
     pub entries: u64,
@@ -37,9 +37,11 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             uncompressed_bytes: 64 << 30,
-            // What deflate can reach is 1032.
-            ratio: 1100,
-            ratio_floor: 64 << 20,
+            // Programs and texts stay below 20; zeros reach 1032 with deflate, and far more with zstd. A file of zeros
+            // among others is welcome, an image of little else is not.
+            ratio: 200,
+            // Zeros cost only the time to read them: some go into the smallest image.
+            ratio_floor: 2 << 30,
             entries: 2_000_000,
             entry_bytes: 1 << 40,
             depth: 256,

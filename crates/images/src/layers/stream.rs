@@ -38,6 +38,7 @@ pub(crate) struct LayerDecoder<'a> {
     source: &'a LayerSource,
     limits: &'a Limits,
     totals: &'a Totals,
+    total: u64,
     sender: SyncSender<Message>,
     used: Receiver<Vec<u8>>,
 }
@@ -57,7 +58,7 @@ pub(crate) struct LayerStream<'a> {
     observer: &'a dyn ConvertObserver,
 }
 
-/// Both halves for one layer. `total` is the compressed size of all layers, for progress.
+/// Both halves for one layer. `total` is the compressed size of all layers, for progress and for what they may grow to.
 pub(crate) fn open<'a>(
     layer: usize,
     source: &'a LayerSource,
@@ -74,6 +75,7 @@ pub(crate) fn open<'a>(
         source,
         limits,
         totals,
+        total,
         sender,
         used,
     };
@@ -188,7 +190,6 @@ impl LayerDecoder<'_> {
         let fault = |error: &io::Error| self.fault(error, &mut meter.borrow_mut());
         let mut input = BufReader::with_capacity(BUFFER, metered);
         let mut decoder = self.decompressor(&mut input, &fault)?;
-        let mut produced = 0;
         loop {
             let mut buffer = self.used.try_recv().unwrap_or_default();
             buffer.resize(BUFFER, 0);
@@ -202,8 +203,7 @@ impl LayerDecoder<'_> {
                 }
             }
             buffer.truncate(filled);
-            produced += filled as u64;
-            self.check_growth(filled as u64, produced, meter.borrow().read)?;
+            self.check_growth(filled as u64)?;
             let ended = filled < BUFFER;
             if filled > 0 && self.sender.send(Ok(buffer)).is_err() {
                 return Ok(());
@@ -274,15 +274,16 @@ impl LayerDecoder<'_> {
         })
     }
 
-    fn check_growth(&self, more: u64, produced: u64, read: u64) -> Result<(), ConvertError> {
+    /// What all layers come to, in whatever order they are read, so that the verdict does not depend on it.
+    fn check_growth(&self, more: u64) -> Result<(), ConvertError> {
         let limits = self.limits;
-        let total = self.totals.uncompressed.fetch_add(more, Ordering::Relaxed) + more;
-        if total > limits.uncompressed_bytes {
+        let grown = self.totals.uncompressed.fetch_add(more, Ordering::Relaxed) + more;
+        if grown > limits.uncompressed_bytes {
             return Err(self.problem(LayerProblem::TooManyBytes {
                 limit: limits.uncompressed_bytes,
             }));
         }
-        if produced > limits.ratio_floor && produced > read.saturating_mul(limits.ratio) {
+        if grown > limits.ratio_floor && grown > self.total.saturating_mul(limits.ratio) {
             return Err(self.problem(LayerProblem::Ratio { limit: limits.ratio }));
         }
         Ok(())

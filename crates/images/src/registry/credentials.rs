@@ -136,7 +136,8 @@ struct WireAuth {
     registrytoken: Option<String>,
 }
 
-/// Looks a registry up in Docker's config file. A missing file has nothing.
+/// Looks a registry up in Docker's config file. A missing file has nothing, and one that is closed to us is not meant
+/// for us: public images are pulled without it.
 ///
 /// # Errors
 /// [`ImageError::InvalidDocument`] for a file that is not what Docker writes, [`ImageError::Io`].
@@ -146,8 +147,16 @@ pub(super) fn stored(path: &Path, registry: &str) -> Result<Stored> {
     let failed = |error| ImageError::io(format!("read {}", path.display()), error);
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Stored::default()),
-        Err(error) => return Err(failed(error)),
+        Err(error) => {
+            return match error.kind() {
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => Ok(Stored::default()),
+                std::io::ErrorKind::PermissionDenied => {
+                    tracing::warn!(path = %path.display(), %error, "stored credentials are not used");
+                    Ok(Stored::default())
+                }
+                _ => Err(failed(error)),
+            };
+        }
     };
     let mut bytes = Vec::new();
     file.take(MAX_CONFIG_BYTES + 1)

@@ -442,7 +442,9 @@ impl Session {
     fn access_hint(&self) -> String {
         if let Some(host) = locked(&self.withheld_from).as_ref() {
             return format!(
-                "; credentials were not sent to {host}, which is not known to belong to the registry"
+                "; credentials were not sent to {host}, which is not known to belong to the registry: if it does, \
+                 add {}={host} to images.trusted_realms",
+                self.host()
             );
         }
         match (&self.credentials, &self.helper) {

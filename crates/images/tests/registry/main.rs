@@ -8,6 +8,7 @@
 
 mod auth;
 mod distribution;
+mod parallel;
 mod pull;
 mod push;
 mod security;

@@ -111,7 +111,12 @@ async fn an_unrelated_realm_gets_no_credentials() {
     want_token(&registry, stranger.url("/token"), "t0ken");
     give_token(&stranger, "t0ken", |seen| seen.authorization().is_some());
     let error = resolve(&registry).await.unwrap_err();
-    assert!(error.to_string().contains("127.0.0.2"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("add 127.0.0.1=127.0.0.2 to images.trusted_realms"),
+        "the way out is told: {error}"
+    );
     assert!(stranger.seen().iter().all(|seen| seen.authorization().is_none()));
     assert_eq!(stranger.seen().len(), 1);
 }

@@ -24,6 +24,7 @@ pub fn to_api(image: Image) -> api::Image {
             ImageStatus::Failed => api::ImageStatus::Failed,
         },
         queue_position: image.queue_position,
+        progress: image.progress,
         error: image.error,
         size_bytes: image
             .size_bytes

@@ -70,11 +70,7 @@ impl Server {
             vmm: hypeman_vmm::VmmOptions::default(),
             kernel: hypeman_kernel_options(),
             network: hypeman_network::NetworkOptions::default(),
-            images: ImageOptions {
-                compress: false,
-                insecure_registries: Vec::new(),
-                docker_config: None,
-            },
+            images: ImageOptions::default(),
             logs: LogOptions::default(),
             snapshots: SnapshotOptions::default(),
             paging: hypeman_engine::PagingOptions::default(),
