@@ -8,6 +8,7 @@ pub(crate) mod disks;
 mod driver;
 pub(crate) mod fork;
 mod link;
+mod loadable;
 mod log_watch;
 mod logs;
 mod model;
