@@ -451,7 +451,7 @@ async fn what_did_not_change_is_stored_once() {
 }
 
 /// Every file of a directory and below.
-fn files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+pub(crate) fn files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![directory.to_owned()];
     while let Some(next) = open.pop() {
@@ -467,7 +467,7 @@ fn files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
 }
 
 /// Turns one bit of a file in the middle of its data.
-fn flip(path: &std::path::Path) {
+pub(crate) fn flip(path: &std::path::Path) {
     use std::os::unix::fs::FileExt;
     let file = std::fs::File::options()
         .read(true)
