@@ -34,5 +34,6 @@ mod snapshots;
 mod snapshots_identity;
 mod snapshots_in_place;
 mod snapshots_many;
+mod snapshots_schedules;
 mod snapshots_sharing;
 mod snapshots_travel;

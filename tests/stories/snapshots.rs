@@ -3,6 +3,8 @@
 use hypeman_tests::{Client, Guest, Server, eventually, have, hypervisors, skip_unless};
 use serde_json::{Value, json};
 
+use crate::snapshots_schedules::turn;
+
 /// Counts in memory for ever: the number of a process that goes on exactly where it was.
 const COUNT: &str = "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
                      >/dev/null 2>&1 </dev/null &";
@@ -572,7 +574,7 @@ async fn a_schedule_makes_and_retires_snapshots() {
     assert_eq!(set["interval"], "1h0m0s", "{set}");
     let mut last = Value::Null;
     for hour in 1..=3 {
-        std::fs::write(clock.path(), format!("{}", hour * 4_000)).unwrap();
+        turn(clock.path(), hour * 4_000);
         eventually("the clock strikes", || async {
             let shown = client.get(&path).await.expect(200).json();
             shown["last_snapshot_id"].is_string() && shown["last_snapshot_id"] != last

@@ -23,7 +23,7 @@ use crate::instances::capture::{CapturePlan, Captured};
 use crate::instances::rewind::Target;
 use crate::instances::{Request, fork};
 use crate::shared::Shared;
-use crate::{Engine, EngineError, EventKind, Instance, faults};
+use crate::{Engine, EngineError, EventKind, Instance, clock, faults};
 
 /// Forks that are made at the same time; each of them copies a disk and starts a VMM.
 const FORKS_AT_ONCE: usize = 8;
@@ -120,7 +120,9 @@ impl Engine {
             scheduled_for,
         };
         let command = Command::Snapshot { kind: request.kind };
-        let captured = self.capture(id, command, plan).await?;
+        let mut captured = self.capture(id, command, plan).await?;
+        // By the clock that judges how old it is.
+        captured.record.created_at = clock::now();
         let shared = Arc::clone(self.shared());
         self.detached(async move { commit(&shared, captured).await })
             .await
