@@ -305,6 +305,20 @@ async fn a_stopped_snapshot_changes_the_hypervisor_and_a_standby_one_does_not() 
         .json();
     let id = cold["id"].as_str().unwrap();
     assert!(cold.get("uncompressed_size_bytes").is_none(), "{cold}");
+    // Nothing is given to a hypervisor that cannot run it, not even to lie there.
+    let nowhere = json!({"name": "nowhere", "target_state": "Stopped", "target_hypervisor": "vz"});
+    client
+        .post(&format!("/snapshots/{id}/fork"), &nowhere)
+        .await
+        .refused(400, "invalid_request");
+    client
+        .post(
+            &format!("{path}/snapshots/{id}/restore"),
+            &json!({"target_state": "Stopped", "target_hypervisor": "vz"}),
+        )
+        .await
+        .refused(400, "invalid_request");
+    assert_eq!(guest.inspect().await["hypervisor"], "qemu");
     let child = fork(client, &format!("/snapshots/{id}/fork"), json!({"name": "still"})).await;
     assert_eq!(child["state"], "Stopped", "{child}");
     let body = json!({"name": "micro", "target_state": "Running", "target_hypervisor": "qemu-microvm"});

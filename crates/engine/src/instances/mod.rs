@@ -20,7 +20,7 @@ mod standby;
 mod stillness;
 mod table;
 
-pub(crate) use create::{check_size, create};
+pub(crate) use create::{check_hypervisor, check_size, create};
 pub(crate) use driver::Request;
 pub(crate) use log_watch::LogWatcher;
 pub use logs::LogFollower;
