@@ -311,9 +311,8 @@ impl Driver {
             program_exit: None,
             failure: None,
         });
-        self.observe(&Observation::Restored {
-            without_agent: self.record.skip_guest_agent,
-        });
+        // Its workload stands still until its guest was welcomed, also where nobody else may use the agent.
+        self.observe(&Observation::Restored { without_agent: false });
         // The guest need not wait for this.
         let consumed = shared.layout.standby(&self.record.id, &standby.directory);
         shared.tasks.spawn(remove(consumed));
