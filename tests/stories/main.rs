@@ -33,6 +33,8 @@ mod registry;
 mod service;
 mod snapshots;
 mod snapshots_identity;
+mod snapshots_in_place;
 mod snapshots_many;
+mod snapshots_schedules;
 mod snapshots_sharing;
 mod snapshots_travel;

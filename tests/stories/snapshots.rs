@@ -3,6 +3,8 @@
 use hypeman_tests::{Client, Guest, Server, eventually, have, hypervisors, skip_unless};
 use serde_json::{Value, json};
 
+use crate::snapshots_schedules::turn;
+
 /// Counts in memory for ever: the number of a process that goes on exactly where it was.
 const COUNT: &str = "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
                      >/dev/null 2>&1 </dev/null &";
@@ -303,6 +305,20 @@ async fn a_stopped_snapshot_changes_the_hypervisor_and_a_standby_one_does_not() 
         .json();
     let id = cold["id"].as_str().unwrap();
     assert!(cold.get("uncompressed_size_bytes").is_none(), "{cold}");
+    // Nothing is given to a hypervisor that cannot run it, not even to lie there.
+    let nowhere = json!({"name": "nowhere", "target_state": "Stopped", "target_hypervisor": "vz"});
+    client
+        .post(&format!("/snapshots/{id}/fork"), &nowhere)
+        .await
+        .refused(400, "invalid_request");
+    client
+        .post(
+            &format!("{path}/snapshots/{id}/restore"),
+            &json!({"target_state": "Stopped", "target_hypervisor": "vz"}),
+        )
+        .await
+        .refused(400, "invalid_request");
+    assert_eq!(guest.inspect().await["hypervisor"], "qemu");
     let child = fork(client, &format!("/snapshots/{id}/fork"), json!({"name": "still"})).await;
     assert_eq!(child["state"], "Stopped", "{child}");
     let body = json!({"name": "micro", "target_state": "Running", "target_hypervisor": "qemu-microvm"});
@@ -451,7 +467,7 @@ async fn what_did_not_change_is_stored_once() {
 }
 
 /// Every file of a directory and below.
-fn files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+pub(crate) fn files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![directory.to_owned()];
     while let Some(next) = open.pop() {
@@ -467,7 +483,7 @@ fn files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
 }
 
 /// Turns one bit of a file in the middle of its data.
-fn flip(path: &std::path::Path) {
+pub(crate) fn flip(path: &std::path::Path) {
     use std::os::unix::fs::FileExt;
     let file = std::fs::File::options()
         .read(true)
@@ -572,7 +588,7 @@ async fn a_schedule_makes_and_retires_snapshots() {
     assert_eq!(set["interval"], "1h0m0s", "{set}");
     let mut last = Value::Null;
     for hour in 1..=3 {
-        std::fs::write(clock.path(), format!("{}", hour * 4_000)).unwrap();
+        turn(clock.path(), hour * 4_000);
         eventually("the clock strikes", || async {
             let shown = client.get(&path).await.expect(200).json();
             shown["last_snapshot_id"].is_string() && shown["last_snapshot_id"] != last

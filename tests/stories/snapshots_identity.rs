@@ -1,6 +1,6 @@
 //! What a copy of a running guest is before its workload does anything: somebody else, with the right time.
 
-use hypeman_tests::{Guest, ImageBuilder, LayerBuilder, Server, have, hypervisors, skip_unless};
+use hypeman_tests::{ExecSession, Guest, ImageBuilder, LayerBuilder, Server, have, hypervisors, skip_unless};
 use serde_json::json;
 
 /// Notes as fast as it can under which name it runs and what it draws, and what time it is.
@@ -162,4 +162,108 @@ async fn a_session_that_is_asked_for_during_a_capture_begins_after_it() {
     };
     tokio::join!(asked, captured);
     guest.delete().await;
+}
+
+/// The number that begins a line of a log.
+fn number(line: &str) -> u64 {
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_guest_whose_agent_nobody_may_use_stands_by_and_is_forked_like_any_other() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    let count = "n=0; while :; do n=$((n+1)); echo \"$n $(hostname)\"; sleep 0.2; done";
+    let overrides = json!({"name": "origin", "skip_guest_agent": true, "cmd": ["sh", "-c", count]});
+    let guest = server.run(&image, overrides).await;
+    let before = number(&guest.logs("follow=true").await.wait_for(" origin").await);
+
+    let body = json!({"name": "copy", "from_running": true});
+    let fork = format!("/instances/{}/fork", guest.id);
+    let copy = client.post(&fork, &body).await.expect(201).json();
+    assert_eq!(copy["state"], "Running", "{copy}");
+    let copy = server.guest(copy["id"].as_str().unwrap());
+    // It goes on where its source was, and knows who it is.
+    let said = copy.logs("follow=true").await.wait_for(" copy").await;
+    assert!(number(&said) >= before, "{said} after {before}");
+    let request = json!({"command": ["true"]});
+    let (status, body) = ExecSession::start(client, &copy.id, &request).await.unwrap_err();
+    assert_eq!((status, &body["code"]), (409, &json!("invalid_state")), "{body}");
+    copy.delete().await;
+
+    let path = format!("/instances/{}", guest.id);
+    client.post_empty(&format!("{path}/standby")).await.expect(200);
+    let last = number(&guest.logs("tail=1").await.all().await[0]);
+    let back = client
+        .post_empty(&format!("{path}/restore"))
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(back["state"], "Running", "{back}");
+    let mut lines = guest.logs("follow=true").await;
+    while number(&lines.next().await.unwrap()) <= last {}
+    guest.delete().await;
+}
+
+/// Nanoseconds since 1970.
+fn nanoseconds() -> u128 {
+    std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos()
+}
+
+/// Fails unless the guest's clock is within 50 ms of the host's, between whose two looks the guest looks at its own.
+async fn tells_the_time(guest: &Guest, what: &str) {
+    const TOLERANCE: u128 = 50_000_000;
+    let before = nanoseconds();
+    // Not by the time of a file: those follow the kernel's ticks, which come late on a busy host.
+    let said = guest
+        .output("adjtimex | grep -o 'time.tv_u*sec: *[0-9]*' | grep -o '[0-9]*$'")
+        .await;
+    let after = nanoseconds();
+    let mut numbers = said.lines().map(|line| line.parse::<u128>().unwrap());
+    let clock = numbers.next().unwrap() * 1_000_000_000 + numbers.next().unwrap() * 1_000;
+    assert!(
+        before <= clock + TOLERANCE && clock <= after + TOLERANCE,
+        "{what}: {clock} in the guest, between {before} and {after} on the host"
+    );
+}
+
+#[tokio::test]
+async fn who_goes_on_has_the_time_of_its_host() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    for hypervisor in hypervisors() {
+        let overrides = json!({"name": "origin", "hypervisor": hypervisor});
+        let guest = server.run(&image, overrides).await;
+        let path = format!("/instances/{}", guest.id);
+        let body = json!({"kind": "Standby"});
+        let taken = client.post(&format!("{path}/snapshots"), &body).await.expect(201);
+        let snapshot = taken.json()["id"].as_str().unwrap().to_owned();
+        client.post_empty(&format!("{path}/standby")).await.expect(200);
+        // A clock that stood still would show.
+        let captured = now();
+        while now() < captured + 2 {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        client.post_empty(&format!("{path}/restore")).await.expect(200);
+        tells_the_time(&guest, &format!("restored on {hypervisor}")).await;
+        let fork = format!("/snapshots/{snapshot}/fork");
+        let copy = client
+            .post(&fork, &json!({"name": "copy"}))
+            .await
+            .expect(201)
+            .json();
+        let copy = server.guest(copy["id"].as_str().unwrap());
+        tells_the_time(&copy, &format!("forked on {hypervisor}")).await;
+        copy.delete().await;
+        guest.stop().await;
+        let restore = format!("{path}/snapshots/{snapshot}/restore");
+        client.post(&restore, &json!({})).await.expect(200);
+        tells_the_time(&guest, &format!("gone back on {hypervisor}")).await;
+        guest.delete().await;
+        client.delete(&format!("/snapshots/{snapshot}")).await.expect(204);
+    }
 }

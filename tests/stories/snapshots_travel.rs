@@ -52,7 +52,7 @@ async fn delete_busybox(server: &Server) {
     server.client().delete(&path).await.expect(204);
 }
 
-async fn export(server: &Server, snapshot: &str) -> PathBuf {
+pub(crate) async fn export(server: &Server, snapshot: &str) -> PathBuf {
     let file = server.scratch().join(format!("{snapshot}.file"));
     let words = ["snapshot", "export", snapshot, file.to_str().unwrap()];
     server.command_line().run(&words).await.ok();
@@ -64,7 +64,7 @@ async fn import(server: &Server, file: &Path, name: &str) -> String {
     server.command_line().run(&words).await.ok()
 }
 
-async fn import_bytes(client: &Client, bytes: Vec<u8>) -> Reply {
+pub(crate) async fn import_bytes(client: &Client, bytes: Vec<u8>) -> Reply {
     let request = client.request(Method::POST, "/snapshots/import").body(bytes);
     client.send(request).await
 }
@@ -226,7 +226,7 @@ async fn a_root_disk_that_is_here_is_not_stored_twice_and_another_one_is_never_t
 }
 
 /// The file with another description, linked as an exporter would: only what it says is wrong.
-fn forged(file: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
+pub(crate) fn forged(file: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
     const HEAD: usize = 24;
     const DESCRIPTION: u32 = 1;
     let number = |head: &[u8], at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap());

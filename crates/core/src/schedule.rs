@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Invariants, held by the tests:
-//! - The next run always lies at least one interval after now: what was missed is not made up.
+//! - After a run the next one lies at least one interval ahead: what was missed is not made up.
+//! - None lies further ahead than an interval and its jitter, however the clock was set when it was planned.
 //! - The jitter is the same for an instance at all times, so schedules that were set together drift apart.
 //! - Retention names only snapshots that it was shown, oldest first, and never the newest for its number.
 
@@ -87,7 +88,8 @@ pub fn next_run(now: Timestamp, interval: Duration, instance: &str) -> Timestamp
     time::checked_add(now, ahead).unwrap_or(Timestamp::MAX)
 }
 
-/// When the schedule runs next after it was set again: only another interval changes that.
+/// When the schedule runs next after it was set again, or after the clock was: only another interval changes that, or
+/// a clock that has gone back behind the one by which it was planned.
 #[must_use]
 pub fn next_run_after_change(
     now: Timestamp,
@@ -96,7 +98,7 @@ pub fn next_run_after_change(
     before: Option<(Duration, Timestamp)>,
 ) -> Timestamp {
     match before {
-        Some((old_interval, next)) if old_interval == interval => next,
+        Some((old_interval, next)) if old_interval == interval => next.min(next_run(now, interval, instance)),
         _ => next_run(now, interval, instance),
     }
 }
@@ -203,6 +205,21 @@ mod tests {
             next_run_after_change(now, HOUR, "a", None),
             next_run(now, HOUR, "a")
         );
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_once_does_not_put_a_schedule_off() {
+        let now = at("2026-06-01T12:00:00Z");
+        let astray = next_run(at("2031-01-01T00:00:00Z"), HOUR, "a");
+        let set_right = next_run_after_change(now, HOUR, "a", Some((HOUR, astray)));
+        assert_eq!(set_right, next_run(now, HOUR, "a"));
+        // What is due, or as far ahead as it may be, stays.
+        for planned in [at("2026-05-01T00:00:00Z"), set_right] {
+            assert_eq!(
+                next_run_after_change(now, HOUR, "a", Some((HOUR, planned))),
+                planned
+            );
+        }
     }
 
     #[test]

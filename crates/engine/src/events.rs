@@ -232,6 +232,13 @@ impl EventListener {
         }
     }
 
+    /// Completes when events that it has not taken are gone: [`EventListener::next`] would say that it is too slow.
+    pub async fn overrun(&self) {
+        let last = self.next + self.shared.capacity as u64;
+        // The sender lives as long as this listener does.
+        drop(self.grown.clone().wait_for(|next| *next > last).await);
+    }
+
     /// The event at this position, if it has happened.
     fn take(&mut self) -> Result<Option<Arc<Event>>, ListenerEnd> {
         let ring = self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner);
@@ -253,6 +260,12 @@ impl Engine {
     /// The cursor leads nowhere.
     pub fn events(&self, after: Option<&str>) -> Result<EventListener, CursorRefusal> {
         self.shared().events.listen(after)
+    }
+
+    /// Says that something has happened, for tests of those who listen.
+    #[cfg(feature = "fault-points")]
+    pub fn tell(&self, kind: EventKind, subject: &str, state: &str) {
+        self.shared().events.publish(kind, subject, state);
     }
 }
 
@@ -302,6 +315,19 @@ mod tests {
             events.listen(Some(&first.cursor)).unwrap_err(),
             CursorRefusal::Gone
         );
+    }
+
+    #[tokio::test]
+    async fn whoever_takes_nothing_is_known_to_be_too_slow_without_asking() {
+        use futures::FutureExt as _;
+
+        let events = stream(2);
+        let mut listener = events.listen(None).unwrap();
+        (1..3).for_each(|number| publish(&events, number));
+        assert!(listener.overrun().now_or_never().is_none(), "both are kept");
+        publish(&events, 3);
+        listener.overrun().await;
+        assert_eq!(listener.next().await, Err(ListenerEnd::TooSlow));
     }
 
     #[tokio::test]

@@ -7,6 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hypeman_engine::Engine;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
@@ -17,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::Verifier;
 use crate::openapi;
 use crate::routes::router;
-use crate::state::{AppState, Stage, reached};
+use crate::state::{AppState, Cut, Stage, reached};
 
 /// How long a client may take to send the head of a request.
 ///
@@ -200,7 +203,12 @@ impl BoundServer {
 async fn connection(stream: TcpStream, router: axum::Router, stage: watch::Receiver<Stage>) {
     // Output of commands and log lines are small and must not wait for more.
     let _ = stream.set_nodelay(true);
-    let service = TowerToHyperService::new(router);
+    let (cut, answers) = (Cut::default(), TowerToHyperService::new(router));
+    let lent = cut.clone();
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(lent.clone());
+        answers.call(request)
+    });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
@@ -208,14 +216,21 @@ async fn connection(stream: TcpStream, router: axum::Router, stage: watch::Recei
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::pin!(served);
-    let outcome = tokio::select! {
-        outcome = &mut served => outcome,
-        () = reached(stage, Stage::Draining) => {
-            served.as_mut().graceful_shutdown();
-            served.await
+    let ended = async {
+        tokio::select! {
+            outcome = &mut served => outcome,
+            () = reached(stage, Stage::Draining) => {
+                served.as_mut().graceful_shutdown();
+                served.await
+            }
         }
     };
-    if let Err(error) = outcome {
-        tracing::debug!(%error, "a connection ended with an error");
+    tokio::select! {
+        outcome = ended => {
+            if let Err(error) = outcome {
+                tracing::debug!(%error, "a connection ended with an error");
+            }
+        }
+        () = cut.asked() => tracing::debug!("a connection was cut"),
     }
 }

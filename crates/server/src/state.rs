@@ -6,6 +6,7 @@ use axum::extract::FromRef;
 use bytes::Bytes;
 use hypeman_engine::Engine;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::Verifier;
@@ -49,6 +50,23 @@ pub struct CachedList {
     pub made: std::time::Instant,
     /// JSON.
     pub body: Bytes,
+}
+
+/// Cuts the connection that a request came by. It works also while an answer is being written that nobody reads, when
+/// the end of its body would not be looked at.
+#[derive(Debug, Clone, Default)]
+pub struct Cut(CancellationToken);
+
+impl Cut {
+    /// Cuts it.
+    pub fn now(&self) {
+        self.0.cancel();
+    }
+
+    /// Returns when it is to be cut.
+    pub async fn asked(&self) {
+        self.0.cancelled().await;
+    }
 }
 
 impl AppState {

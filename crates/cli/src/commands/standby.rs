@@ -212,11 +212,14 @@ pub(crate) async fn standby(context: &Context, arguments: &StandbyArgs) -> Resul
 /// Lets instances go on.
 pub(crate) async fn restore(context: &Context, arguments: &RestoreArgs) -> Result<(), CliError> {
     each(&arguments.instances, async |instance| {
+        let mut progress = Progress::spinner(context.output.quiet());
+        progress.say(&format!("restoring {instance}"));
         let answer = context
             .client
             .call(Method::POST, &["instances", instance, "restore"], None::<&()>)
-            .await?;
-        announce(context, instance, answer)
+            .await;
+        progress.finish();
+        announce(context, instance, answer?)
     })
     .await
 }

@@ -38,7 +38,8 @@ pub(crate) async fn create(
         request.overlay_bytes,
     )?;
     let hypervisor = request.hypervisor.unwrap_or(shared.options.default_hypervisor);
-    check_hypervisor(shared, hypervisor, &request).await?;
+    let (hotplug, disk_io) = (request.hotplug_bytes, request.disk_io_bytes_per_second);
+    check_hypervisor(shared, hypervisor, hotplug, disk_io).await?;
     if shared.table.has_name(&request.name) {
         return Err(EngineError::NameConflict(request.name));
     }
@@ -195,10 +196,15 @@ pub(crate) fn check_size(
     Ok(())
 }
 
-async fn check_hypervisor(
+/// Whether machines with these wishes can be started by a hypervisor here.
+///
+/// # Errors
+/// 400 with the reason.
+pub(crate) async fn check_hypervisor(
     shared: &Shared,
     kind: hypeman_vmm::VmmKind,
-    request: &CreateInstance,
+    hotplug_bytes: u64,
+    disk_io_bytes_per_second: Option<u64>,
 ) -> Result<(), EngineError> {
     let vmm = shared.vmm(kind)?;
     let features = match vmm.capabilities().await {
@@ -221,13 +227,13 @@ async fn check_hypervisor(
     };
     needs(
         Feature::HotplugMemory,
-        request.hotplug_bytes > 0,
+        hotplug_bytes > 0,
         "invalid_hotplug_size",
         "hotplug_size",
     )?;
     needs(
         Feature::DiskIoLimit,
-        request.disk_io_bytes_per_second.is_some(),
+        disk_io_bytes_per_second.is_some(),
         "invalid_disk_io_bps",
         "disk_io_bps",
     )?;

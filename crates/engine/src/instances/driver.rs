@@ -303,7 +303,7 @@ impl Driver {
                 let _ = reply.send(outcome);
             }
             Request::Restore(reply) => {
-                let outcome = self.restore().await.map(|()| self.view());
+                let outcome = self.restore(None).await.map(|()| self.view());
                 let _ = reply.send(outcome);
             }
             Request::Capture { command, plan, reply } => {

@@ -1,8 +1,8 @@
 //! A new instance out of captured parts: another identity on the same memory and disk.
 //!
 //! ```text
-//!  record + journal ─► disk copied, device state linked ─► target state ─► identity confirmed ─► COMMIT, cleared
-//!     └──────────────── failure or crash: all of it goes, as if it had never been ────────────────┘
+//!  record + journal ─► parts examined ─► disk copied, device state linked ─► target state ─► confirmed ─► COMMIT
+//!     └──────────────────────── failure or crash: all of it goes, as if it had never been ──────────┘
 //! ```
 //!
 //! Invariant: a fork counts only once its guest has confirmed who it is. Before that nobody can use it, the bridge
@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use super::create;
 use super::driver::{self, Driver, Operation, Request};
+use super::loadable::{Diligence, Parts};
 use super::model::{Instance, InstanceRecord, NetworkRequest};
 use super::rewind::Target;
 use super::standby::Intent;
@@ -114,6 +115,19 @@ impl Driver {
         self.log.line(&format!("fork of {}", parts.source.name));
         let mut changed = self.record.clone();
         let keeps_memory = target != InstanceState::Stopped;
+        self.check_disk(parts).await?;
+        let state = Parts::of_snapshot(&self.shared.layout, parts).filter(|_| keeps_memory);
+        let ready = match (&state, target) {
+            (Some(state), InstanceState::Running) => {
+                Some(self.examine(&self.record, state, Diligence::AsItComes).await?)
+            }
+            // Its memory is read when it goes on.
+            (Some(state), _) => {
+                self.fitting(&self.record, state).await?;
+                None
+            }
+            (None, _) => None,
+        };
         changed.standby = self.take_over(&changed, parts, keeps_memory).await?;
         faults::point("fork.copied");
         let lifecycle = match changed.standby {
@@ -129,7 +143,7 @@ impl Driver {
         self.lifecycle = lifecycle;
         self.publish();
         match (target, &self.lifecycle) {
-            (InstanceState::Running, Lifecycle::Standby) => self.wake(Intent::Creation).await?,
+            (InstanceState::Running, Lifecycle::Standby) => self.wake(Intent::Creation, ready).await?,
             (InstanceState::Running, _) => self.boot(Operation::Create).await?,
             _ => self.store_outcome().await?,
         }

@@ -8,6 +8,7 @@ pub(crate) mod disks;
 mod driver;
 pub(crate) mod fork;
 mod link;
+mod loadable;
 mod log_watch;
 mod logs;
 mod model;
@@ -20,7 +21,7 @@ mod standby;
 mod stillness;
 mod table;
 
-pub(crate) use create::{check_size, create};
+pub(crate) use create::{check_hypervisor, check_size, create};
 pub(crate) use driver::Request;
 pub(crate) use log_watch::LogWatcher;
 pub use logs::LogFollower;

@@ -1,11 +1,13 @@
 //! Giving an instance back what a snapshot of it holds.
 //!
 //! ```text
-//!  disk copied under the next generation's name ─► device state linked ─► COMMIT ─► old files go ─► target state
-//!     └──────── failure or crash: as before, new files are swept ─────────┘
+//!  all parts examined ─► disk copied under the next generation's name ─► device state linked ─► COMMIT ─► old files go
+//!     └────────────── failure or crash: as before, new files are swept ──────────────────┘        └─► target state
 //! ```
 //!
-//! Invariant: the instance's disk and memory are replaced by one commit; until then both old ones are whole.
+//! Invariants:
+//! - The instance's disk and memory are replaced by one commit; until then both old ones are whole.
+//! - Nothing is given up for a snapshot that is damaged or does not fit this host.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -16,6 +18,7 @@ use hypeman_vmm::VmmKind;
 use super::boot::kill;
 use super::disks::{self, Thoroughness};
 use super::driver::{Driver, Operation};
+use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, StandbyRecord};
 use crate::blocking::blocking;
 use crate::layout::make_private;
@@ -41,18 +44,19 @@ impl Driver {
     ) -> Result<(), EngineError> {
         permit(&self.lifecycle, Command::RestoreSnapshot)?;
         self.log.line(&format!("restoring snapshot {}", snapshot.id));
+        let ready = match self.look_over(snapshot, target).await {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.log.line(&format!("not restored: {error}"));
+                return Err(error);
+            }
+        };
         // What is neither running nor stopped has a machine that cannot be used any more.
         if let Some(run) = &self.run {
             kill(&Arc::clone(&run.machine)).await?;
             self.finish_run(None).await;
         }
-        let mut changed = self.record.clone();
-        changed.disk_generation += 1;
-        changed.hypervisor = target.hypervisor;
-        changed.boot_artifacts.clone_from(&snapshot.source.boot_artifacts);
-        changed.entrypoint.clone_from(&snapshot.source.entrypoint);
-        changed.command.clone_from(&snapshot.source.command);
-        changed.origin = Some(snapshot.id.clone());
+        let mut changed = rewound(&self.record, snapshot, target);
         let keeps_memory = target.state != InstanceState::Stopped;
         changed.standby = self.take_over(&changed, snapshot, keeps_memory).await?;
         faults::point("rewind.copied");
@@ -75,14 +79,44 @@ impl Driver {
         self.remove_former(&former).await;
         if target.state == InstanceState::Running {
             match self.lifecycle {
-                Lifecycle::Standby => self.restore().await?,
+                Lifecycle::Standby => self.restore(ready).await?,
                 _ => self.boot(Operation::Start).await?,
             }
         }
         Ok(())
     }
 
-    /// Makes the files of a snapshot this instance's own, under names that no committed record has yet.
+    /// Makes sure of all that the instance is to become, before it gives up what it is.
+    async fn look_over(
+        &self,
+        snapshot: &SnapshotRecord,
+        target: Target,
+    ) -> Result<Option<Loadable>, EngineError> {
+        let keeps_memory = target.state != InstanceState::Stopped;
+        let parts = Parts::of_snapshot(&self.shared.layout, snapshot).filter(|_| keeps_memory);
+        self.check_disk(snapshot).await?;
+        match parts {
+            Some(parts) => {
+                let wanted = rewound(&self.record, snapshot, target);
+                self.examine(&wanted, &parts, Diligence::All).await.map(Some)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Refuses a snapshot whose disk is not what was captured.
+    pub(super) async fn check_disk(&self, snapshot: &SnapshotRecord) -> Result<(), EngineError> {
+        let disk = self
+            .shared
+            .layout
+            .snapshot(&snapshot.id)
+            .join(disks::SNAPSHOT_DISK);
+        let expected = snapshot.disk_digest.clone();
+        blocking(move || disks::check(&disk, &expected, Thoroughness::Once, &AtomicBool::new(false))).await
+    }
+
+    /// Makes the files of a snapshot, which was checked, this instance's own, under names that no committed record has
+    /// yet.
     pub(super) async fn take_over(
         &self,
         record: &InstanceRecord,
@@ -98,11 +132,7 @@ impl Driver {
             durable::remove_tree(&stale).map_err(|error| EngineError::io("remove a former copy", error))
         })
         .await?;
-        let disk = source.join(disks::SNAPSHOT_DISK);
-        let (captured, expected) = (disk.clone(), snapshot.disk_digest.clone());
-        blocking(move || disks::check(&captured, &expected, Thoroughness::Once, &AtomicBool::new(false)))
-            .await?;
-        disks::copy(disk, overlay).await?;
+        disks::copy(source.join(disks::SNAPSHOT_DISK), overlay).await?;
         let Some(memory) = snapshot.memory.as_ref().filter(|_| keeps_memory) else {
             return Ok(None);
         };
@@ -141,5 +171,18 @@ impl Driver {
         if let Err(error) = removed.await {
             tracing::warn!(instance = former.id, %error, "left for the next start");
         }
+    }
+}
+
+/// What an instance is after it was restored, but for its memory.
+fn rewound(present: &InstanceRecord, snapshot: &SnapshotRecord, target: Target) -> InstanceRecord {
+    InstanceRecord {
+        disk_generation: present.disk_generation + 1,
+        hypervisor: target.hypervisor,
+        boot_artifacts: snapshot.source.boot_artifacts.clone(),
+        entrypoint: snapshot.source.entrypoint.clone(),
+        command: snapshot.source.command.clone(),
+        origin: Some(snapshot.id.clone()),
+        ..present.clone()
     }
 }

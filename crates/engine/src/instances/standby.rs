@@ -20,20 +20,18 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Command, Observation, permit};
 use hypeman_guest_api::AgentKey;
-use hypeman_kernel::{BootArtifacts, KernelError};
-use hypeman_vmm::{Machine, MemoryBacking, Patch, Restore};
+use hypeman_vmm::{Machine, Restore};
 use jiff::Timestamp;
 
 use super::boot::{guest_config, kill, machine_spec};
 use super::driver::{Driver, Operation, Run};
 use super::link::{Link, Welcome};
+use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
-use crate::paging::Serving;
-use crate::shared::Shared;
-use crate::snapshots::state::{self, Present};
-use crate::snapshots::vault::{self, Frozen, Hold, LaidOut};
+use crate::snapshots::state;
+use crate::snapshots::vault::{Frozen, Hold};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, StandbyRequest};
 use crate::{EngineError, durable, faults};
 
@@ -182,10 +180,11 @@ impl Driver {
     }
 
     /// Brings an instance back from standby. Its journal entry is owed: see [`Driver::settle_what_is_owed`].
-    pub(super) async fn restore(&mut self) -> Result<(), EngineError> {
+    /// `ready`: its state was examined already.
+    pub(super) async fn restore(&mut self, ready: Option<Loadable>) -> Result<(), EngineError> {
         permit(&self.lifecycle, Command::Restore)?;
         self.log.line("restore requested");
-        let outcome = self.wake(Intent::Unrecorded).await;
+        let outcome = self.wake(Intent::Unrecorded, ready).await;
         if outcome.is_err() && self.run.is_none() {
             self.clear_journal().await;
             self.publish();
@@ -195,8 +194,8 @@ impl Driver {
 
     /// From standby to a guest that runs, and knows who it is. On an error before the commit the instance is in standby
     /// as before.
-    pub(super) async fn wake(&mut self, intent: Intent) -> Result<(), EngineError> {
-        if let Err(error) = self.load(intent).await {
+    pub(super) async fn wake(&mut self, intent: Intent, ready: Option<Loadable>) -> Result<(), EngineError> {
+        if let Err(error) = self.load(intent, ready).await {
             self.log.line(&format!("restore failed: {error}"));
             if self.record.standby.is_some()
                 && let Err(alive) = self.undo_launch().await
@@ -214,8 +213,9 @@ impl Driver {
         Ok(())
     }
 
-    /// Up to a paused machine with the captured state in it, committed as this instance's.
-    async fn load(&mut self, intent: Intent) -> Result<(), EngineError> {
+    /// Up to a paused machine with the captured state in it, committed as this instance's. `ready`: it was examined
+    /// already.
+    async fn load(&mut self, intent: Intent, ready: Option<Loadable>) -> Result<(), EngineError> {
         let shared = Arc::clone(&self.shared);
         let standby = self
             .record
@@ -223,8 +223,7 @@ impl Driver {
             .clone()
             .ok_or_else(|| EngineError::InvalidState("the instance has no kept memory".into()))?;
         let vmm = shared.vmm(self.record.hypervisor)?;
-        let directory = shared.layout.standby(&self.record.id, &standby.directory);
-        let digest = standby.manifest.clone();
+        let parts = Parts::of_standby(&shared.layout, &self.record.id, &standby);
         let recorded = async {
             if intent == Intent::Unrecorded {
                 self.begin(Operation::Restore).await?;
@@ -232,28 +231,20 @@ impl Driver {
             }
             Ok(())
         };
-        // None of these has an effect; together they take as long as the longest.
-        let ((), (manifest, devices), identities, artifacts, (memory, memory_digest)) = tokio::try_join!(
-            recorded,
-            blocking(move || state::read(&directory, &digest)),
-            async { Ok(vmm.state_identities().await?) },
-            kept_kernel(&shared, &self.record.boot_artifacts),
-            self.memory_of(&standby),
-        )?;
-        let present = Present {
-            hypervisor: self.record.hypervisor,
-            identities: &identities,
-            boot_artifacts: &self.record.boot_artifacts,
-            memory_bytes: self.record.memory_bytes,
-            vcpus: self.record.vcpus,
-            networked: self.record.network.is_some(),
+        let examined = async {
+            match ready {
+                Some(ready) => Ok(ready),
+                None => self.examine(&self.record, &parts, Diligence::AsItComes).await,
+            }
         };
-        if let Some(reason) = state::mismatch(&manifest.facts, &present) {
-            return Err(EngineError::Incompatible(reason));
-        }
-        if manifest.facts.memory_digest != memory_digest {
-            return Err(EngineError::damaged("the memory image"));
-        }
+        // Neither has an effect; together they take as long as the longer one.
+        let ((), loadable) = tokio::try_join!(recorded, examined)?;
+        let Loadable {
+            identity,
+            devices,
+            artifacts,
+            memory,
+        } = loadable;
         let image = shared.images.bootable(&self.record.image_digest)?;
         make_private(&shared.layout.instance_runtime(&self.record.id))?;
         make_private(&shared.layout.logs(&self.record.id))?;
@@ -268,7 +259,7 @@ impl Driver {
             .await
             .map_err(|_| EngineError::ShuttingDown)?;
         let restore = Restore {
-            identity: manifest.facts.identity.clone(),
+            identity,
             device_state: devices,
             patch: memory.patch(),
         };
@@ -320,31 +311,12 @@ impl Driver {
             program_exit: None,
             failure: None,
         });
-        self.observe(&Observation::Restored {
-            without_agent: self.record.skip_guest_agent,
-        });
+        // Its workload stands still until its guest was welcomed, also where nobody else may use the agent.
+        self.observe(&Observation::Restored { without_agent: false });
         // The guest need not wait for this.
         let consumed = shared.layout.standby(&self.record.id, &standby.directory);
         shared.tasks.spawn(remove(consumed));
         Ok(())
-    }
-
-    /// Lays out the memory of a machine, or has it served where that is better; with the digest that commits to it.
-    async fn memory_of(&self, standby: &StandbyRecord) -> Result<(Memory, String), EngineError> {
-        let (shared, image) = (&self.shared, &standby.memory.image);
-        if shared.paging.can_serve(self.record.hypervisor) {
-            let (mappable, digest) = shared.vault.look_at(image).await?;
-            if shared.paging.wants(mappable) {
-                let runtime = shared.layout.instance_runtime(&self.record.id);
-                make_private(&runtime)?;
-                let (id, bytes) = (vault::parse(image)?, self.record.memory_bytes);
-                let served = shared.paging.serve(&self.record.id, id, bytes, &runtime).await?;
-                return Ok((Memory::Served(served), digest));
-            }
-        }
-        let laid_out = shared.vault.materialize(image).await?;
-        let digest = laid_out.digest().to_owned();
-        Ok((Memory::LaidOut(laid_out), digest))
     }
 
     /// The connection to the agent of a machine that goes on from a captured state.
@@ -404,68 +376,6 @@ impl Driver {
         self.log.line("restored");
         self.publish();
         Ok(())
-    }
-}
-
-/// Where the memory of a machine comes from while it starts.
-enum Memory {
-    LaidOut(LaidOut),
-    Served(Serving),
-}
-
-impl Memory {
-    fn backing(&self) -> MemoryBacking {
-        match self {
-            Self::LaidOut(memory) => MemoryBacking::Private(memory.base_path()),
-            Self::Served(serving) => MemoryBacking::Served(serving.socket.clone()),
-        }
-    }
-
-    fn patch(&self) -> Option<Patch> {
-        match self {
-            Self::LaidOut(memory) => memory.patch(),
-            Self::Served(_) => None,
-        }
-    }
-
-    /// Completes with the reason when the machine waits for memory that nobody gives.
-    async fn failed(&self) -> String {
-        match self {
-            Self::LaidOut(_) => std::future::pending().await,
-            Self::Served(serving) => serving.failed().await,
-        }
-    }
-
-    /// Its name at the pager.
-    fn name(&self) -> Option<String> {
-        match self {
-            Self::LaidOut(_) => None,
-            Self::Served(serving) => Some(serving.name.clone()),
-        }
-    }
-
-    /// The machine has it.
-    fn keep(self) {
-        if let Self::Served(serving) = self {
-            serving.keep();
-        }
-    }
-}
-
-/// The kernel that runs in captured memory: no other will do.
-async fn kept_kernel(shared: &Shared, id: &str) -> Result<BootArtifacts, EngineError> {
-    match shared.boot_artifacts(id).await {
-        // What was captured elsewhere may need the one that is not yet prepared here.
-        Err(EngineError::Kernel(KernelError::UnknownId(_))) => {}
-        artifacts => return artifacts,
-    }
-    match shared.current_artifacts().await {
-        Ok(current) if current.id == id => Ok(current),
-        _ => Err(EngineError::Incompatible(
-            "it was captured with a guest kernel that this host does not have; restore it on one that has it, or \
-             use a Stopped snapshot"
-                .to_owned(),
-        )),
     }
 }
 

@@ -103,7 +103,7 @@ pub struct SnapshotRecord {
     pub source: InstanceRecord,
     /// Snapshot that the source was last restored or forked from.
     pub parent: Option<String>,
-    /// Schedule that made it: id of the instance whose schedule it is.
+    /// Schedule that made it: [`ScheduleRecord::mark`].
     pub scheduled_for: Option<String>,
     /// Bytes of all parts as captured, without holes.
     pub size_bytes: u64,
@@ -204,12 +204,18 @@ pub struct ScheduleRequest {
 /// A schedule as stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ScheduleRecord {
+    /// Tells it from those that the same instance has had before. Empty in records of earlier servers.
+    #[serde(default)]
+    pub id: String,
     /// Whose.
     pub instance_id: String,
     /// What.
     pub request: ScheduleRequest,
     /// Next run.
     pub next_run_at: Timestamp,
+    /// When the run began that is under way, or was when the server ended.
+    #[serde(default)]
+    pub running_since: Option<Timestamp>,
     /// Last run, whatever came of it.
     pub last_run_at: Option<Timestamp>,
     /// What the last good run made.
@@ -220,6 +226,18 @@ pub struct ScheduleRecord {
     pub created_at: Timestamp,
     /// Set last.
     pub updated_at: Timestamp,
+}
+
+impl ScheduleRecord {
+    /// By what its snapshots name it. Earlier servers knew schedules by their instance alone.
+    #[must_use]
+    pub fn mark(&self) -> &str {
+        if self.id.is_empty() {
+            &self.instance_id
+        } else {
+            &self.id
+        }
+    }
 }
 
 /// What an import made.

@@ -1,20 +1,26 @@
 //! Snapshots by the clock.
 //!
 //! ```text
-//!  due ─► next run set, durably ─► capture by the instance's state ─► outcome noted ─► retention
+//!  due ─► next run and this one's begin, durably ─► capture by the instance's state ─► retention ─► outcome, durably
+//!                     └── crash: made already? noted; not made? run again ──────────────────────────────┘
 //! ```
 //!
-//! The next run is committed before the capture: a crash in between costs one snapshot and never makes two. Runs
-//! that were missed are not made up. A schedule outlives its instance until the last of its snapshots is gone.
+//! Invariants:
+//! - A run that has begun makes one snapshot, whatever is cut; what was missed meanwhile is made up for by one run.
+//! - What a client sets or ends is never undone by a run: records are changed as they are, not as they were.
+//! - Only snapshots of this very schedule are retired: one that is set anew does not know those of its predecessor.
+//!
+//! A schedule outlives its instance until the last of its snapshots is gone.
 
 use std::sync::Arc;
 
 use hypeman_core::instance::InstanceState;
 use hypeman_core::schedule::{self, Retention, Scheduled};
-use hypeman_store::schedules;
+use hypeman_store::{Connection, Store, StoreError, schedules};
 use jiff::Timestamp;
 
 use super::model::{ScheduleRecord, ScheduleRequest, SnapshotFilter, SnapshotKind, SnapshotRequest};
+use super::summary::SnapshotSummary;
 use crate::shared::Shared;
 use crate::{Engine, EngineError, clock, faults};
 
@@ -40,35 +46,39 @@ pub(super) async fn set(
     request: ScheduleRequest,
 ) -> Result<ScheduleRecord, EngineError> {
     let now = clock::now();
-    let before = match get(shared, instance) {
-        Ok(before) => Some(before),
-        Err(EngineError::NotFound { .. }) => None,
-        Err(error) => return Err(error),
-    };
-    let known = before
-        .as_ref()
-        .map(|before| (before.request.interval, before.next_run_at));
-    let next_run_at = schedule::next_run_after_change(now, request.interval, instance, known);
-    let record = match before {
-        Some(before) => ScheduleRecord {
-            request,
-            next_run_at,
-            updated_at: now,
-            ..before
-        },
-        None => ScheduleRecord {
-            instance_id: instance.to_owned(),
-            request,
-            next_run_at,
-            last_run_at: None,
-            last_snapshot_id: None,
-            last_error: None,
-            created_at: now,
-            updated_at: now,
-        },
-    };
-    put(shared, record.clone()).await?;
-    Ok(record)
+    let fresh =
+        crate::random::hex::<8>().map_err(|error| EngineError::io("random number of a schedule", error))?;
+    let instance = instance.to_owned();
+    let written = shared.store.write(move |connection| {
+        let before: Option<ScheduleRecord> = schedules::get(connection, &instance)?;
+        let known = before
+            .as_ref()
+            .map(|before| (before.request.interval, before.next_run_at));
+        let next_run_at = schedule::next_run_after_change(now, request.interval, &instance, known);
+        let record = match before {
+            Some(before) => ScheduleRecord {
+                request,
+                next_run_at,
+                updated_at: now,
+                ..before
+            },
+            None => ScheduleRecord {
+                id: fresh,
+                instance_id: instance,
+                request,
+                next_run_at,
+                running_since: None,
+                last_run_at: None,
+                last_snapshot_id: None,
+                last_error: None,
+                created_at: now,
+                updated_at: now,
+            },
+        };
+        put(connection, &record)?;
+        Ok::<_, StoreError>(record)
+    });
+    Ok(written.await?)
 }
 
 /// Ends it.
@@ -81,12 +91,28 @@ pub(super) async fn delete(shared: &Arc<Shared>, instance: &str) -> Result<(), E
     if removed { Ok(()) } else { Err(not_found(instance)) }
 }
 
-async fn put(shared: &Arc<Shared>, record: ScheduleRecord) -> Result<(), EngineError> {
-    let written = shared.store.write(move |connection| {
-        let due = record.next_run_at.as_millisecond();
-        schedules::put(connection, &record.instance_id, due, &record)
+/// Writes it. One with a run under way is due: it is looked at again until that run is over.
+fn put(connection: &Connection, record: &ScheduleRecord) -> Result<(), StoreError> {
+    let due = record.running_since.unwrap_or(record.next_run_at);
+    schedules::put(connection, &record.instance_id, due.as_millisecond(), record)
+}
+
+/// Changes a schedule as it is when it is written; `None` when it is gone, or `change` wants nothing of what it is now.
+async fn change(
+    store: &Store,
+    instance: &str,
+    change: impl FnOnce(ScheduleRecord) -> Option<ScheduleRecord> + Send + 'static,
+) -> Result<Option<ScheduleRecord>, StoreError> {
+    let instance = instance.to_owned();
+    let written = store.write(move |connection| {
+        let present: Option<ScheduleRecord> = schedules::get(connection, &instance)?;
+        let changed = present.and_then(change);
+        if let Some(changed) = &changed {
+            put(connection, changed)?;
+        }
+        Ok::<_, StoreError>(changed)
     });
-    Ok(written.await?)
+    written.await
 }
 
 /// After an instance or one of its snapshots is gone: a schedule ends when neither is left.
@@ -106,19 +132,30 @@ pub(crate) async fn forget_orphan(shared: &Arc<Shared>, instance: &str) {
 /// Runs what is due, until the server closes.
 pub(crate) async fn run_forever(engine: Arc<Engine>) {
     let shared = Arc::clone(engine.shared());
+    // Nobody knows how the clock stood before.
+    let mut last = Timestamp::MAX;
     loop {
         tokio::select! {
             () = shared.closing.cancelled() => return,
             () = tokio::time::sleep(clock::look_again()) => {}
         }
         let now = clock::now();
+        if now < last
+            && let Err(error) = bring_near(&shared.store, now).await
+        {
+            tracing::error!(%error, "schedules that were set by a wrong clock can't be set right");
+        }
+        last = now;
         let due = shared
             .store
             .read(|connection| schedules::due::<ScheduleRecord>(connection, now.as_millisecond()));
         match due {
             Ok(due) => {
                 for record in due {
-                    run(&engine, record, now).await;
+                    let instance = record.instance_id.clone();
+                    if let Err(error) = run(&engine, record).await {
+                        tracing::error!(instance, %error, "a scheduled run can't be recorded");
+                    }
                 }
             }
             Err(error) => tracing::error!(%error, "schedules can't be read"),
@@ -126,40 +163,104 @@ pub(crate) async fn run_forever(engine: Arc<Engine>) {
     }
 }
 
-async fn run(engine: &Engine, mut record: ScheduleRecord, now: Timestamp) {
-    let shared = engine.shared();
-    let instance = record.instance_id.clone();
-    record.next_run_at = schedule::next_run(now, record.request.interval, &instance);
-    if let Err(error) = put(shared, record.clone()).await {
-        tracing::error!(instance, %error, "a scheduled run can't be recorded");
-        return;
+/// After the clock was set back: nothing waits longer than for its interval.
+async fn bring_near(store: &Store, now: Timestamp) -> Result<(), StoreError> {
+    let all = store.read(|connection| schedules::due::<ScheduleRecord>(connection, i64::MAX))?;
+    for seen in all {
+        let (instance, interval) = (seen.instance_id.clone(), seen.request.interval);
+        let known = Some((interval, seen.next_run_at));
+        let next_run_at = schedule::next_run_after_change(now, interval, &instance, known);
+        if next_run_at != seen.next_run_at {
+            let nearer = move |present: ScheduleRecord| {
+                (present == seen).then_some(ScheduleRecord {
+                    next_run_at,
+                    ..present
+                })
+            };
+            change(store, &instance, nearer).await?;
+        }
     }
+    Ok(())
+}
+
+async fn run(engine: &Engine, seen: ScheduleRecord) -> Result<(), EngineError> {
+    let store = &engine.shared().store;
+    let now = clock::now();
+    if let Some(began) = seen.running_since {
+        // A run that was cut. Its snapshot may be there already.
+        let made = made_by(engine, &seen).await?;
+        if let Some(snapshot) = made.iter().find(|snapshot| snapshot.created_at >= began) {
+            let outcome = Ok(snapshot.id.to_string());
+            return Ok(note(store, &seen, outcome).await?);
+        }
+    }
+    let Some(record) = begin(store, seen, now).await? else {
+        // Somebody changed it just now: it is looked at again.
+        return Ok(());
+    };
     faults::point("schedule.recorded");
-    let outcome = capture(engine, &record, now).await;
-    faults::point("schedule.captured");
-    record.last_run_at = Some(now);
-    match outcome {
+    let outcome = match capture(engine, &record, now).await {
         Ok(snapshot) => {
-            record.last_snapshot_id = Some(snapshot);
-            record.last_error = retain(engine, &record, now)
-                .await
-                .err()
-                .map(|error| format!("former snapshots were not removed: {error}"));
+            faults::point("schedule.captured");
+            match retain(engine, &record, now).await {
+                Ok(()) => Ok(snapshot),
+                Err(error) => Err((
+                    Some(snapshot),
+                    format!("former snapshots were not removed: {error}"),
+                )),
+            }
         }
-        Err(error) => record.last_error = Some(error.to_string()),
-    }
-    // The client may have changed or ended it meanwhile: only the outcome is added.
-    if let Ok(present) = get(shared, &instance) {
-        let noted = ScheduleRecord {
-            last_run_at: record.last_run_at,
-            last_snapshot_id: record.last_snapshot_id,
-            last_error: record.last_error,
-            ..present
+        // Left as it is: the next server runs it again.
+        Err(EngineError::ShuttingDown) => return Ok(()),
+        Err(error) => Err((None, error.to_string())),
+    };
+    Ok(note(store, &record, outcome).await?)
+}
+
+/// Records that a run begins, and when the next one will. `None` when the schedule is not what was seen of it.
+async fn begin(
+    store: &Store,
+    seen: ScheduleRecord,
+    now: Timestamp,
+) -> Result<Option<ScheduleRecord>, StoreError> {
+    let instance = seen.instance_id.clone();
+    let begun = move |present: ScheduleRecord| {
+        // One that was cut and is run again takes nothing from the next, unless that is due as well.
+        let next_run_at = if present.next_run_at > now {
+            present.next_run_at
+        } else {
+            schedule::next_run(now, present.request.interval, &present.instance_id)
         };
-        if let Err(error) = put(shared, noted).await {
-            tracing::error!(instance, %error, "the outcome of a scheduled run can't be recorded");
-        }
-    }
+        (present == seen).then_some(ScheduleRecord {
+            next_run_at,
+            running_since: Some(now),
+            ..present
+        })
+    };
+    change(store, &instance, begun).await
+}
+
+/// What a run made, or why it did not go well and what it made all the same.
+type Outcome = Result<String, (Option<String>, String)>;
+
+/// Records what became of a run. The client may have changed the schedule meanwhile: only the outcome is added; of one
+/// that it ended, or set anew, nothing is.
+async fn note(store: &Store, begun: &ScheduleRecord, outcome: Outcome) -> Result<(), StoreError> {
+    let (id, began) = (begun.id.clone(), begun.running_since);
+    let noted = move |present: ScheduleRecord| {
+        let (snapshot, error) = match outcome {
+            Ok(snapshot) => (Some(snapshot), None),
+            Err((snapshot, error)) => (snapshot, Some(error)),
+        };
+        (present.id == id && present.running_since == began).then_some(ScheduleRecord {
+            running_since: None,
+            last_run_at: began,
+            last_snapshot_id: snapshot.or(present.last_snapshot_id),
+            last_error: error,
+            ..present
+        })
+    };
+    change(store, &begun.instance_id, noted).await.map(drop)
 }
 
 async fn capture(engine: &Engine, record: &ScheduleRecord, now: Timestamp) -> Result<String, EngineError> {
@@ -182,27 +283,35 @@ async fn capture(engine: &Engine, record: &ScheduleRecord, now: Timestamp) -> Re
         tags: record.request.metadata.clone(),
         compression: None,
     };
-    let owner = Some(record.instance_id.clone());
+    let schedule = Some(record.mark().to_owned());
     let snapshot = engine
-        .capture_snapshot(&record.instance_id, request, owner)
+        .capture_snapshot(&record.instance_id, request, schedule)
         .await?;
     Ok(snapshot.id.clone())
 }
 
-/// Removes what the schedule's rules no longer keep.
-async fn retain(engine: &Engine, record: &ScheduleRecord, now: Timestamp) -> Result<(), EngineError> {
+/// What a schedule has made and is still there, newest first.
+async fn made_by(engine: &Engine, record: &ScheduleRecord) -> Result<Vec<Arc<SnapshotSummary>>, EngineError> {
     let filter = SnapshotFilter {
         source_instance_id: Some(record.instance_id.clone()),
         ..SnapshotFilter::default()
     };
-    let mine: Vec<_> = engine
-        .list_snapshots(filter)
-        .await?
-        .into_iter()
+    let listed = engine.list_snapshots(filter).await?.into_iter();
+    Ok(listed
         .map(|listed| listed.summary)
-        .filter(|snapshot| snapshot.scheduled)
-        .collect();
-    let listed: Vec<Scheduled<'_>> = mine
+        .filter(|snapshot| snapshot.schedule.as_deref() == Some(record.mark()))
+        .collect())
+}
+
+/// Removes what the schedule's rules no longer keep: those rules that hold now.
+async fn retain(engine: &Engine, begun: &ScheduleRecord, now: Timestamp) -> Result<(), EngineError> {
+    let record = match get(engine.shared(), &begun.instance_id) {
+        Ok(record) if record.id == begun.id => record,
+        Ok(_) | Err(EngineError::NotFound { .. }) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let made = made_by(engine, &record).await?;
+    let made: Vec<Scheduled<'_>> = made
         .iter()
         .map(|snapshot| Scheduled {
             id: &snapshot.id,
@@ -213,7 +322,7 @@ async fn retain(engine: &Engine, record: &ScheduleRecord, now: Timestamp) -> Res
         max_count: record.request.max_count,
         max_age: record.request.max_age,
     };
-    for id in schedule::expired(rules, now, &listed) {
+    for id in schedule::expired(rules, now, &made) {
         match engine.delete_snapshot(id).await {
             Ok(()) | Err(EngineError::NotFound { .. }) => {}
             Err(error) => return Err(error),
@@ -221,3 +330,6 @@ async fn retain(engine: &Engine, record: &ScheduleRecord, now: Timestamp) -> Res
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

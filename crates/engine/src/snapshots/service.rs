@@ -21,9 +21,9 @@ use super::model::{
 use super::summary::ListedSnapshot;
 use crate::instances::capture::{CapturePlan, Captured};
 use crate::instances::rewind::Target;
-use crate::instances::{Request, fork};
+use crate::instances::{Request, check_hypervisor, fork};
 use crate::shared::Shared;
-use crate::{Engine, EngineError, EventKind, Instance, faults};
+use crate::{Engine, EngineError, EventKind, Instance, clock, faults};
 
 /// Forks that are made at the same time; each of them copies a disk and starts a VMM.
 const FORKS_AT_ONCE: usize = 8;
@@ -78,7 +78,7 @@ impl Engine {
         self.detached(async move {
             let Captured { record, hold } = captured;
             let origin = record.parent.clone();
-            let outcome = match target(&record, wanted, request.target_hypervisor) {
+            let outcome = match target(&shared, &record, wanted, request.target_hypervisor).await {
                 Ok(target) => fork_all(&shared, Arc::new(record), &request, target, origin).await,
                 Err(error) => Err(error),
             };
@@ -120,7 +120,9 @@ impl Engine {
             scheduled_for,
         };
         let command = Command::Snapshot { kind: request.kind };
-        let captured = self.capture(id, command, plan).await?;
+        let mut captured = self.capture(id, command, plan).await?;
+        // By the clock that judges how old it is.
+        captured.record.created_at = clock::now();
         let shared = Arc::clone(self.shared());
         self.detached(async move { commit(&shared, captured).await })
             .await
@@ -153,7 +155,8 @@ impl Engine {
                 name: snapshot.to_owned(),
             });
         }
-        let target = target(&record, request.target_state, request.target_hypervisor)?;
+        let (state, hypervisor) = (request.target_state, request.target_hypervisor);
+        let target = target(self.shared(), &record, state, hypervisor).await?;
         self.ask(instance, |reply| Request::Rewind {
             snapshot: record,
             target,
@@ -174,7 +177,8 @@ impl Engine {
         let (record, lease) = self.leased(id)?;
         let shared = Arc::clone(self.shared());
         self.detached(async move {
-            let target = target(&record, request.target_state, request.target_hypervisor)?;
+            let (state, hypervisor) = (request.target_state, request.target_hypervisor);
+            let target = target(&shared, &record, state, hypervisor).await?;
             let origin = Some(lease.id().to_owned());
             let outcome = fork_all(&shared, record, &request, target, origin).await;
             drop(lease);
@@ -298,16 +302,25 @@ fn new_id() -> Result<String, EngineError> {
     Ok(Id::from_random(&random).into_string())
 }
 
-fn target(
+/// What a snapshot is to become, if it can.
+async fn target(
+    shared: &Shared,
     record: &SnapshotRecord,
     state: Option<InstanceState>,
     hypervisor: Option<hypeman_vmm::VmmKind>,
 ) -> Result<Target, EngineError> {
-    let kind = snapshot::hypervisor_of(record.kind, record.source.hypervisor, hypervisor)?;
-    Ok(Target {
+    let source = &record.source;
+    let target = Target {
         state: snapshot::snapshot_target(record.kind, state)?.into(),
-        hypervisor: kind,
-    })
+        hypervisor: snapshot::hypervisor_of(record.kind, source.hypervisor, hypervisor)?,
+    };
+    // Whether memory goes on here is found out with the memory. A disk is given to whatever was asked for.
+    let boots = target.state == InstanceState::Running && !record.kind.has_memory();
+    if hypervisor.is_some() || boots {
+        let disk_io = source.disk_io_bytes_per_second;
+        check_hypervisor(shared, target.hypervisor, source.hotplug_bytes, disk_io).await?;
+    }
+    Ok(target)
 }
 
 async fn fork_all(

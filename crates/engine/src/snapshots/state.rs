@@ -135,51 +135,129 @@ pub(crate) struct Present<'a> {
     pub(crate) networked: bool,
 }
 
-/// Says what of the captured machine the present one does not have. `None` when all fits.
+/// Says which part of the captured machine the present one does not have, and what to do. `None` when all fits.
 pub(crate) fn mismatch(captured: &Facts, present: &Present<'_>) -> Option<String> {
     if captured.hypervisor != present.hypervisor {
         return Some(format!(
-            "it was captured on {:?} and memory cannot change the hypervisor; use a Stopped snapshot for that",
-            captured.hypervisor
+            "it was captured on {}, and memory cannot go on with {}; leave the hypervisor as it is, or use a Stopped \
+             snapshot",
+            named(&captured.hypervisor),
+            named(&present.hypervisor)
         ));
     }
-    if !present.identities.contains(&captured.identity) {
-        let here: Vec<String> = present.identities.iter().map(described).collect();
-        return Some(format!(
-            "it was captured by {}, this host has {}; install that version again, beside the one that is there, or \
-             use a Stopped snapshot",
-            described(&captured.identity),
-            here.join(" and ")
-        ));
+    if let Some(reason) = unlike(&captured.identity, present.identities) {
+        return Some(reason);
     }
     if captured.boot_artifacts != present.boot_artifacts {
-        return Some("it was captured with another guest kernel; use a Stopped snapshot".to_owned());
+        return Some(format!(
+            "it was captured with the guest kernel {}, the instance has {}; fork it instead, or use a Stopped snapshot",
+            short(&captured.boot_artifacts),
+            short(present.boot_artifacts)
+        ));
     }
     // A VMM may take the state of another shape without a word, and its guest would be lost.
-    let former = (captured.memory_bytes, captured.vcpus, captured.networked);
-    let shape = (present.memory_bytes, present.vcpus, present.networked);
-    (former != shape).then(|| {
-        format!(
-            "it was captured with {} bytes of memory, {} vCPUs and {}, and would go on with {} bytes, {} vCPUs and {}",
-            former.0,
-            former.1,
-            network(former.2),
-            shape.0,
-            shape.1,
-            network(shape.2)
-        )
-    })
-}
-
-fn network(present: bool) -> &'static str {
-    if present { "a network" } else { "no network" }
-}
-
-fn described(identity: &StateIdentity) -> String {
-    format!(
-        "{:?} {} (machine {}, processor {}, {:?})",
-        identity.vmm, identity.version, identity.machine, identity.cpu, identity.accelerator
+    let shape = |what: &str, former: String, now: String| {
+        (former != now).then(|| {
+            format!(
+                "it was captured with {former}{what}, and would go on with {now}{what}; fork it instead, or use a \
+                 Stopped snapshot"
+            )
+        })
+    };
+    shape(
+        " bytes of memory",
+        captured.memory_bytes.to_string(),
+        present.memory_bytes.to_string(),
     )
+    .or_else(|| shape(" vCPUs", captured.vcpus.to_string(), present.vcpus.to_string()))
+    .or_else(|| shape("", network(captured.networked), network(present.networked)))
+}
+
+fn network(present: bool) -> String {
+    let text = if present { "a network" } else { "no network" };
+    text.to_owned()
+}
+
+/// Says that a VMM which this host can't start would be needed.
+pub(crate) fn without_vmm(needed: VmmKind, reason: &str) -> String {
+    format!(
+        "it was captured on {}, which this host cannot start: {reason}; or use a Stopped snapshot",
+        named(&needed)
+    )
+}
+
+/// A part of an identity, for people.
+struct Trait {
+    of: fn(&StateIdentity) -> String,
+    /// What it is, before its value.
+    what: &'static str,
+    /// What to do when it differs.
+    advice: &'static str,
+}
+
+/// What decides whether a device state can be loaded, the most telling first: what differs further down often does so
+/// because of what stands above.
+const TRAITS: [Trait; 5] = [
+    Trait {
+        of: |identity| named(&identity.vmm),
+        what: "the hypervisor",
+        advice: "install that one",
+    },
+    Trait {
+        of: |identity| identity.version.clone(),
+        what: "the hypervisor's version",
+        advice: "install that version again, beside the one that is there",
+    },
+    Trait {
+        of: |identity| identity.machine.clone(),
+        what: "the machine type",
+        advice: "install a build of the hypervisor that has it",
+    },
+    Trait {
+        of: |identity| named(&identity.accelerator),
+        what: "the accelerator",
+        advice: "restore it on a host that runs guests with that one",
+    },
+    Trait {
+        of: |identity| identity.cpu.clone(),
+        what: "the processor",
+        advice: "restore it on a host with that one",
+    },
+];
+
+/// The first part in which a captured identity is unlike all that this host has.
+fn unlike(captured: &StateIdentity, here: &[StateIdentity]) -> Option<String> {
+    let mut alike: Vec<&StateIdentity> = here.iter().collect();
+    for Trait { of, what, advice } in TRAITS {
+        let wanted = of(captured);
+        let mut found: Vec<String> = alike.iter().map(|identity| of(identity)).collect();
+        alike.retain(|identity| of(identity) == wanted);
+        if alike.is_empty() {
+            found.dedup();
+            let found = match found.as_slice() {
+                [] => "none".to_owned(),
+                found => found.join(" and "),
+            };
+            return Some(format!(
+                "it was captured with {what} {wanted}, this host has {found}; {advice}, or use a Stopped snapshot"
+            ));
+        }
+    }
+    None
+}
+
+/// A value as the API names it.
+fn named(value: &impl Serialize) -> String {
+    let text = serde_json::to_value(value).ok();
+    text.as_ref()
+        .and_then(serde_json::Value::as_str)
+        .unwrap_or("?")
+        .to_owned()
+}
+
+/// The beginning of a digest: enough to tell two apart.
+fn short(digest: &str) -> &str {
+    digest.get(..12).unwrap_or(digest)
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -240,29 +318,117 @@ mod tests {
         let digest = written(directory.path());
         let (manifest, devices) = read(directory.path(), &digest).unwrap();
         assert_eq!(devices, b"devices");
-        let (both, newer) = (
-            [identity("10.0.2"), identity("7.2.0")],
-            [identity("10.0.2"), identity("9.2.0")],
-        );
-        let present = |identities, vcpus, boot_artifacts, hypervisor| Present {
-            hypervisor,
-            identities,
-            boot_artifacts,
-            memory_bytes: 1 << 28,
-            vcpus,
-            networked: true,
+        let says = |change: fn(&mut StateIdentity), present: fn(&mut Present<'_>)| {
+            let mut identities = [identity("10.0.2"), identity("7.2.0")];
+            identities.iter_mut().for_each(change);
+            let mut here = Present {
+                hypervisor: VmmKind::Qemu,
+                identities: &identities,
+                boot_artifacts: "kernel",
+                memory_bytes: 1 << 28,
+                vcpus: 1,
+                networked: true,
+            };
+            present(&mut here);
+            mismatch(&manifest.facts, &here)
         };
-        let says = |present: Present<'_>| mismatch(&manifest.facts, &present);
-        assert_eq!(says(present(&both, 1, "kernel", VmmKind::Qemu)), None);
-        for (present, word) in [
-            (present(&newer, 1, "kernel", VmmKind::Qemu), "9.2.0"),
-            (present(&both, 2, "kernel", VmmKind::Qemu), "2 vCPUs"),
-            (present(&both, 1, "other", VmmKind::Qemu), "kernel"),
-            (present(&both, 1, "kernel", VmmKind::QemuMicrovm), "Stopped"),
-        ] {
-            let reason = says(present).unwrap();
-            assert!(reason.contains(word), "{reason}");
+        assert_eq!(says(|_| {}, |_| {}), None);
+        type Case = (fn(&mut StateIdentity), fn(&mut Present<'_>), [&'static str; 3]);
+        let cases: [Case; 11] = [
+            (
+                |_| {},
+                |here| here.hypervisor = VmmKind::QemuMicrovm,
+                ["on qemu,", "qemu-microvm", "Stopped snapshot"],
+            ),
+            (
+                |_| {},
+                |here| here.identities = &[],
+                ["the hypervisor qemu", "none", "install that one"],
+            ),
+            (
+                |here| here.vmm = VmmKind::Firecracker,
+                |_| {},
+                ["the hypervisor qemu", "firecracker", "install that one"],
+            ),
+            (
+                |here| here.version = format!("{}-other", here.version),
+                |_| {},
+                [
+                    "version 7.2.0",
+                    "10.0.2-other and 7.2.0-other",
+                    "install that version",
+                ],
+            ),
+            (
+                |here| here.machine = "pc-q35-9.0".to_owned(),
+                |_| {},
+                ["machine type pc-q35-7.2", "pc-q35-9.0", "a build"],
+            ),
+            // Another accelerator shows the guest another processor: what is said is the cause.
+            (
+                |here| (here.accelerator, here.cpu) = (Accelerator::Kvm, "EPYC".to_owned()),
+                |_| {},
+                ["accelerator tcg", "kvm", "runs guests with that one"],
+            ),
+            (
+                |here| here.cpu = "EPYC".to_owned(),
+                |_| {},
+                ["processor max", "EPYC", "a host with that one"],
+            ),
+            (
+                |_| {},
+                |here| here.boot_artifacts = "other",
+                ["guest kernel kernel", "other", "fork it"],
+            ),
+            (
+                |_| {},
+                |here| here.memory_bytes = 1 << 29,
+                [
+                    "268435456 bytes of memory",
+                    "536870912 bytes of memory",
+                    "fork it",
+                ],
+            ),
+            (|_| {}, |here| here.vcpus = 2, ["1 vCPUs", "2 vCPUs", "fork it"]),
+            (
+                |_| {},
+                |here| here.networked = false,
+                ["a network", "no network", "fork it"],
+            ),
+        ];
+        for (change, present, words) in cases {
+            let reason = says(change, present).unwrap();
+            for word in words {
+                assert!(reason.contains(word), "{word:?} in {reason}");
+            }
+            // Whoever reads of a processor must not be sent to install a version.
+            let advised = reason.contains("install that version");
+            assert_eq!(advised, words.contains(&"install that version"), "{reason}");
         }
+        let reason = without_vmm(VmmKind::CloudHypervisor, "no binary; install it");
+        assert!(
+            reason.contains("cloud-hypervisor") && reason.contains("install it"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn another_format_is_named_with_the_one_that_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        written(directory.path());
+        let path = directory.path().join(MANIFEST);
+        let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        manifest["format"] = 2.into();
+        let text = manifest.to_string();
+        std::fs::write(&path, &text).unwrap();
+        let digest = blake3::hash(text.as_bytes()).to_hex().to_string();
+        let refused = read(directory.path(), &digest).unwrap_err();
+        assert!(matches!(refused, EngineError::Incompatible(_)), "{refused}");
+        let message = refused.to_string();
+        assert!(
+            message.contains("format 2") && message.contains("format 1"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -33,8 +33,8 @@ pub struct SnapshotSummary {
     pub source_hypervisor: VmmKind,
     /// Snapshot that the source was last restored or forked from.
     pub parent: Option<Box<str>>,
-    /// Whether a schedule made it.
-    pub scheduled: bool,
+    /// Schedule that made it.
+    pub schedule: Option<Box<str>>,
     /// Bytes of all parts as captured, without holes.
     pub size_bytes: u64,
     /// Memory, for [`SnapshotKind::Standby`].
@@ -80,7 +80,7 @@ impl SnapshotSummary {
             source_name: boxed(&record.source.name),
             source_hypervisor: record.source.hypervisor,
             parent: record.parent.as_deref().map(boxed),
-            scheduled: record.scheduled_for.is_some(),
+            schedule: record.scheduled_for.as_deref().map(boxed),
             size_bytes: record.size_bytes,
             memory: record.memory.as_ref().map(|memory| MemorySummary {
                 image: boxed(&memory.image),

@@ -526,9 +526,11 @@ pub(super) mod tests {
         }
         let time: jiff::Timestamp = "2026-06-01T00:00:00Z".parse().unwrap();
         let record = ScheduleRecord {
+            id: "ab12".into(),
             instance_id: "i".into(),
             request,
             next_run_at: time,
+            running_since: None,
             last_run_at: None,
             last_snapshot_id: None,
             last_error: None,

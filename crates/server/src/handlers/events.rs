@@ -10,8 +10,9 @@
 //!  id: <cursor>
 //! ```
 //!
-//! A listener that is too slow is cut off. Clients come back with `Last-Event-ID` by themselves; a 410 tells those
-//! for whom that is too late to list what there is.
+//! A listener that is too slow is cut off, by whoever writes for it and not by what it reads: one that reads nothing
+//! holds up nobody and keeps no place. Clients come back with `Last-Event-ID` by themselves; a 410 tells those for whom
+//! that is too late to list what there is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,18 +25,25 @@ use bytes::Bytes;
 use hypeman_api::error::code;
 use hypeman_api::event as api;
 use hypeman_engine::{CursorRefusal, Event, EventKind, EventListener, ListenerEnd};
+use tokio::sync::mpsc;
 
 use super::event_stream;
 use crate::auth::{Identity, Scope};
 use crate::error::{ApiError, ApiResult};
 use crate::extract::Params;
-use crate::state::{AppState, Stage};
+use crate::state::{AppState, Cut, Stage};
 
 /// Header by which clients of event streams say what they heard last.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 /// Silence after which a sign of life is sent: proxies close what is silent for a minute.
 const HEARTBEAT: Duration = Duration::from_secs(15);
+
+/// How long a listener may take nothing at all, when more waits for it than the kernel holds.
+const STALLED: Duration = Duration::from_secs(60);
+
+/// Pieces that wait for the connection; the events behind them wait where they are kept anyway.
+const WAITING: usize = 16;
 
 /// Listens to what happens. Events of snapshots are shown to tokens that may see snapshots.
 #[utoipa::path(get, path = "/events", tag = "service", operation_id = "listenEvents",
@@ -50,6 +58,7 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 pub async fn events(
     State(state): State<AppState>,
     Extension(identity): Extension<Identity>,
+    Extension(cut): Extension<Cut>,
     Params(query): Params<api::EventsQuery>,
     headers: HeaderMap,
 ) -> ApiResult<Response> {
@@ -65,7 +74,14 @@ pub async fn events(
         identity,
         begun: false,
     };
-    Ok(event_stream(futures::stream::unfold(Some(listening), next_piece)))
+    let (pieces, body) = mpsc::channel(WAITING);
+    tokio::spawn(tell(listening, pieces, cut));
+    Ok(event_stream(futures::stream::unfold(body, next_of)))
+}
+
+async fn next_of(mut body: mpsc::Receiver<Piece>) -> Option<(Piece, mpsc::Receiver<Piece>)> {
+    let piece = body.recv().await?;
+    Some((piece, body))
 }
 
 fn refused(refusal: CursorRefusal) -> ApiError {
@@ -82,37 +98,54 @@ struct Listening {
     begun: bool,
 }
 
-/// What is written next, and who goes on.
-type Piece = (Result<Bytes, std::io::Error>, Option<Listening>);
+/// What is written at once.
+type Piece = Result<Bytes, std::io::Error>;
 
-async fn next_piece(listening: Option<Listening>) -> Option<Piece> {
-    let mut listening = listening?;
-    if !listening.begun {
-        listening.begun = true;
-        let piece = format!("id: {}\n\n", listening.listener.cursor());
-        return Some((Ok(Bytes::from(piece)), Some(listening)));
-    }
+/// Tells a listener what happens until one of both goes. Not by the connection's own task: that one waits for the
+/// client, and would never learn that it has waited too long.
+async fn tell(mut listening: Listening, pieces: mpsc::Sender<Piece>, cut: Cut) {
     loop {
         let next = tokio::select! {
-            next = listening.listener.next() => next,
-            () = tokio::time::sleep(HEARTBEAT) => {
-                let piece = format!(": still here\nid: {}\n\n", listening.listener.cursor());
-                return Some((Ok(Bytes::from(piece)), Some(listening)));
-            }
-            () = listening.state.reached(Stage::Draining) => return None,
+            next = listening.next() => next,
+            () = pieces.closed() => return,
         };
-        match next {
-            Ok(event) if may_see(&listening.identity, event.kind) => {
-                return Some(match written(&event) {
-                    Ok(piece) => (Ok(piece), Some(listening)),
-                    Err(error) => (Err(std::io::Error::other(error)), None),
-                });
-            }
-            Ok(_) => {}
-            Err(ListenerEnd::Closing) => return None,
+        let piece = match next {
+            Ok(piece) => piece,
+            // The end of the body.
+            Err(ListenerEnd::Closing) => return,
             // Not an end in good order: the client must notice that something is missing.
-            Err(ListenerEnd::TooSlow) => {
-                return Some((Err(std::io::Error::other(ListenerEnd::TooSlow)), None));
+            Err(ListenerEnd::TooSlow) => return cut.now(),
+        };
+        tokio::select! {
+            sent = pieces.send(piece) => {
+                if sent.is_err() {
+                    return;
+                }
+            }
+            () = listening.listener.overrun() => return cut.now(),
+            () = tokio::time::sleep(STALLED) => return cut.now(),
+        }
+    }
+}
+
+impl Listening {
+    /// The next piece. May be cancelled without losing one.
+    async fn next(&mut self) -> Result<Piece, ListenerEnd> {
+        if !self.begun {
+            self.begun = true;
+            return Ok(Ok(Bytes::from(format!("id: {}\n\n", self.listener.cursor()))));
+        }
+        loop {
+            let event = tokio::select! {
+                event = self.listener.next() => event?,
+                () = tokio::time::sleep(HEARTBEAT) => {
+                    let piece = format!(": still here\nid: {}\n\n", self.listener.cursor());
+                    return Ok(Ok(Bytes::from(piece)));
+                }
+                () = self.state.reached(Stage::Draining) => return Err(ListenerEnd::Closing),
+            };
+            if may_see(&self.identity, event.kind) {
+                return Ok(written(&event).map_err(std::io::Error::other));
             }
         }
     }

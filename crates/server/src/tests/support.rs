@@ -57,6 +57,10 @@ impl Answer {
 
 impl Server {
     pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    pub async fn start_with(change: impl FnOnce(&mut ServerConfig)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let options = EngineOptions {
             data_directory: directory.path().join("data"),
@@ -78,6 +82,7 @@ impl Server {
         let engine = Engine::open(options).await.unwrap();
         let mut config = ServerConfig::new("127.0.0.1:0".parse().unwrap(), SECRET, "test");
         config.drain = Duration::from_secs(5);
+        change(&mut config);
         let bound = bind(config, Arc::clone(&engine)).await.unwrap();
         let address = bound.address();
         let (stop, stopped) = oneshot::channel();
