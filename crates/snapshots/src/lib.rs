@@ -45,6 +45,7 @@ mod layout;
 mod manifest;
 mod materialize;
 mod memo;
+mod outline;
 mod parallel;
 mod patch;
 mod pieces;
@@ -70,6 +71,7 @@ pub use manifest::{
     Blob, Host, Incompatible, MAX_MANIFEST, Manifest, MemoryPart, SnapshotKind, Vmm, compatible,
 };
 pub use materialize::{Base, Materialized};
+pub use outline::{Compressor, Outline};
 pub use patch::Patch;
 pub use pieces::{MemoryReader, Piece, PieceBuffers};
 pub use store::{Forms, Hold, MemoryStore, Options};
