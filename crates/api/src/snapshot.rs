@@ -113,7 +113,7 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub compression_error: Option<String>,
-    /// Bytes of its compressed memory; only in state `compressed`.
+    /// Bytes of its compressed memory, with what it shares with others; only in state `compressed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub compressed_size_bytes: Option<i64>,

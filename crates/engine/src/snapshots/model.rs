@@ -21,8 +21,10 @@ pub enum CompressionState {
     Compressing,
     /// Framed.
     Compressed {
-        /// Stored bytes.
+        /// Bytes of all frames that the memory is made of, others' included; of pages where those have no frames.
         bytes: u64,
+        /// How it was compressed; `None` when that could not make it smaller.
+        algorithm: Option<Algorithm>,
     },
     /// Raw; the job failed and is tried again later.
     Error {
@@ -122,7 +124,8 @@ pub struct SnapshotRecord {
 pub struct MemoryRecord {
     /// Memory image in the snapshot store.
     pub image: String,
-    /// Bytes of its pages that are not zero.
+    /// Bytes of the guest's pages that are not zero, wherever they are stored. Early records have those of the image
+    /// itself.
     pub bytes: u64,
     /// What was decided about compression.
     pub compression: CompressionChoice,

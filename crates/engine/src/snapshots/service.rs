@@ -14,9 +14,8 @@ use tokio::task::JoinSet;
 
 use super::export::SnapshotExport;
 use super::model::{
-    CompressionChoice, ForkOutcome, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot,
-    SnapshotFilter, SnapshotKind, SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest,
-    VerifyProgress,
+    ForkOutcome, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
 };
 use super::summary::ListedSnapshot;
 use crate::instances::capture::{CapturePlan, Captured};
@@ -104,14 +103,13 @@ impl Engine {
         scheduled_for: Option<String>,
     ) -> Result<Snapshot, EngineError> {
         let instance = self.get_instance(id)?;
-        if request.kind == SnapshotKind::Stopped && request.compression.is_some_and(CompressionChoice::is_on)
-        {
-            return Err(EngineError::invalid(
-                "invalid_snapshot_compression",
-                "only memory is compressed, and a Stopped snapshot has none: leave compression out",
-            ));
-        }
-        let compression = self.shared().compression(&instance.record, request.compression);
+        let policy = instance.record.snapshot_policy.as_ref();
+        let compression = snapshot::choose_compression(
+            request.kind,
+            request.compression,
+            policy.and_then(|policy| policy.compression),
+            self.shared().options.snapshots.compression_default,
+        )?;
         let plan = CapturePlan {
             id: new_id()?,
             name: request.name,
@@ -385,7 +383,7 @@ async fn delete(shared: &Arc<Shared>, id: &str) -> Result<(), EngineError> {
     faults::point("snapshot.delete.unrecorded");
     shared.events.publish(EventKind::Snapshot, id, "Deleted");
     if let Some(memory) = &record.memory {
-        shared.vault.release(&memory.image);
+        shared.vault.forget(&memory.image, id);
     }
     if let Some(files) = shared.leases.doom(id) {
         let removed = tokio::task::spawn_blocking(move || crate::durable::remove_tree(&files)).await;

@@ -30,7 +30,7 @@ pub fn to_api(record: &SnapshotRecord) -> api::Snapshot {
         None => (None, None, None),
         Some(CompressionState::None) => (Some(api::SnapshotCompressionState::None), None, None),
         Some(CompressionState::Compressing) => (Some(api::SnapshotCompressionState::Compressing), None, None),
-        Some(CompressionState::Compressed { bytes }) => {
+        Some(CompressionState::Compressed { bytes, .. }) => {
             let compressed = api::SnapshotCompressionState::Compressed;
             (Some(compressed), None, Some(signed(*bytes)))
         }
@@ -49,9 +49,7 @@ pub fn to_api(record: &SnapshotRecord) -> api::Snapshot {
         source_hypervisor: hypervisor_to_api(record.source.hypervisor),
         created_at: record.created_at,
         size_bytes: signed(record.size_bytes),
-        compression: memory
-            .filter(|memory| memory.compression.is_on())
-            .map(|memory| compression_to_api(memory.compression)),
+        compression: memory.and_then(|memory| compression_of(memory.compression, &memory.state)),
         compression_state: state,
         compression_error: error,
         compressed_size_bytes: compressed,
@@ -86,6 +84,39 @@ fn target_to_core(target: api::SnapshotTargetState) -> InstanceState {
     }
 }
 
+fn algorithm_to_api(algorithm: Algorithm) -> CompressionAlgorithm {
+    match algorithm {
+        Algorithm::Zstd => CompressionAlgorithm::Zstd,
+        Algorithm::Lz4 => CompressionAlgorithm::Lz4,
+    }
+}
+
+/// The compression of captured memory, where it is wanted. Snapshots that share memory share its compression: once it
+/// is done, what was done is told.
+pub(super) fn compression_of(
+    choice: CompressionChoice,
+    state: &CompressionState,
+) -> Option<SnapshotCompressionConfig> {
+    let CompressionChoice::On {
+        algorithm: wanted, ..
+    } = choice
+    else {
+        return None;
+    };
+    let mut told = compression_to_api(choice);
+    if let CompressionState::Compressed {
+        algorithm: Some(used),
+        ..
+    } = state
+        && *used != wanted
+    {
+        told.algorithm = Some(algorithm_to_api(*used));
+        // The level of another's wish is not kept.
+        told.level = None;
+    }
+    Some(told)
+}
+
 pub(super) fn compression_to_api(choice: CompressionChoice) -> SnapshotCompressionConfig {
     match choice {
         CompressionChoice::Off => SnapshotCompressionConfig {
@@ -95,10 +126,7 @@ pub(super) fn compression_to_api(choice: CompressionChoice) -> SnapshotCompressi
         },
         CompressionChoice::On { algorithm, level } => SnapshotCompressionConfig {
             enabled: true,
-            algorithm: Some(match algorithm {
-                Algorithm::Zstd => CompressionAlgorithm::Zstd,
-                Algorithm::Lz4 => CompressionAlgorithm::Lz4,
-            }),
+            algorithm: Some(algorithm_to_api(algorithm)),
             level: Some(i32::from(level)),
         },
     }
@@ -400,9 +428,21 @@ pub(super) mod tests {
             json!({"enabled": true, "algorithm": "zstd", "level": 3})
         );
         assert_eq!(compressing.get("compressed_size_bytes"), None);
-        let compressed = shown(memory(&on), CompressionState::Compressed { bytes: 1024 });
+        let done = |algorithm| CompressionState::Compressed {
+            bytes: 1024,
+            algorithm,
+        };
+        let compressed = shown(memory(&on), done(Some(Algorithm::Zstd)));
         assert_eq!(compressed["compression_state"], "compressed");
         assert_eq!(compressed["compressed_size_bytes"], 1024);
+        assert_eq!(compressed["compression"]["level"], 3);
+        // Another snapshot of the same memory was faster.
+        let shared = shown(memory(&on), done(Some(Algorithm::Lz4)));
+        assert_eq!(
+            shared["compression"],
+            json!({"enabled": true, "algorithm": "lz4"})
+        );
+        assert_eq!(shown(memory(&on), done(None))["compression"]["algorithm"], "zstd");
         let reason = "no space left on device".to_owned();
         let failed = shown(memory(&on), CompressionState::Error { reason });
         assert_eq!(failed["compression_state"], "error");

@@ -1,5 +1,8 @@
 //! Memory is kept while sweeps go on beside it.
 
+use std::os::unix::fs::FileExt;
+
+use super::frozen::Content;
 use super::*;
 
 const PAGE: u64 = 4096;
