@@ -167,17 +167,31 @@ pub struct SnapshotUsage {
     pub freed_by_delete_bytes: u64,
 }
 
-/// How far a verification is; the last one has `done` set.
+/// How far a verification is; the last one has an outcome.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifyProgress {
-    /// Bytes read and checked.
+    /// Bytes read and right.
     pub verified_bytes: u64,
     /// Bytes in all.
     pub total_bytes: u64,
-    /// Nothing follows.
-    pub done: bool,
-    /// The part that is damaged, and how, once found.
-    pub damage: Option<String>,
+    /// What came of it. Nothing follows.
+    pub outcome: Option<VerifyOutcome>,
+}
+
+/// What came of a verification.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VerifyOutcome {
+    /// Every byte is what was stored.
+    Intact {
+        /// A part that there is nothing to compare with.
+        unchecked: Option<String>,
+    },
+    /// A part is not what was stored: which, and how.
+    Damaged(String),
+    /// Not all of it could be read: why. Nothing is known of the rest.
+    Unreadable(String),
+    /// Ended early by a client that went away, or by the end of the server.
+    Cancelled,
 }
 
 /// What an instance says of its memory, in place of the server's choice.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use futures::Stream;
@@ -18,7 +19,9 @@ use super::model::{
     SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
 };
 use super::summary::ListedSnapshot;
+use crate::blocking::blocking;
 use crate::instances::capture::{CapturePlan, Captured};
+use crate::instances::disks::Thoroughness;
 use crate::instances::rewind::Target;
 use crate::instances::{Request, fork};
 use crate::shared::Shared;
@@ -45,6 +48,8 @@ impl Engine {
     /// # Errors
     /// It is not in standby, or this host can't load its state; then it stays there.
     pub async fn restore_instance(&self, id: &str) -> Result<Arc<Instance>, EngineError> {
+        let image = self.get_instance(id)?.record.image_digest.clone();
+        check_root_disk(self.shared(), &image).await?;
         self.ask(id, Request::Restore).await
     }
 
@@ -77,7 +82,9 @@ impl Engine {
         self.detached(async move {
             let Captured { record, hold } = captured;
             let origin = record.parent.clone();
-            let outcome = match target(&record, wanted, request.target_hypervisor) {
+            let sound = check_root_disk(&shared, &record.source.image_digest).await;
+            let target = sound.and_then(|()| target(&record, wanted, request.target_hypervisor));
+            let outcome = match target {
                 Ok(target) => fork_all(&shared, Arc::new(record), &request, target, origin).await,
                 Err(error) => Err(error),
             };
@@ -152,6 +159,7 @@ impl Engine {
             });
         }
         let target = target(&record, request.target_state, request.target_hypervisor)?;
+        check_root_disk(self.shared(), &record.source.image_digest).await?;
         self.ask(instance, |reply| Request::Rewind {
             snapshot: record,
             target,
@@ -173,6 +181,7 @@ impl Engine {
         let shared = Arc::clone(self.shared());
         self.detached(async move {
             let target = target(&record, request.target_state, request.target_hypervisor)?;
+            check_root_disk(&shared, &record.source.image_digest).await?;
             let origin = Some(lease.id().to_owned());
             let outcome = fork_all(&shared, record, &request, target, origin).await;
             drop(lease);
@@ -306,6 +315,19 @@ fn target(
         state: snapshot::snapshot_target(record.kind, state)?.into(),
         hypervisor: kind,
     })
+}
+
+/// Refuses to go on above a root disk that is not what was made of its image. It is read once since the host booted.
+async fn check_root_disk(shared: &Arc<Shared>, image: &str) -> Result<(), EngineError> {
+    let (shared, image) = (Arc::clone(shared), image.to_owned());
+    blocking(move || {
+        let never = AtomicBool::new(false);
+        shared
+            .images
+            .check_root_disk(&image, Thoroughness::Once, &never)?;
+        Ok(())
+    })
+    .await
 }
 
 async fn fork_all(

@@ -13,7 +13,7 @@ use hypeman_core::snapshot::{
 use hypeman_core::{InvalidValue, duration, name, schedule, tags};
 use hypeman_engine::{
     CompressionState, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, SnapshotFilter,
-    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyOutcome, VerifyProgress,
 };
 
 use super::instance::{hypervisor_to_api, hypervisor_to_engine};
@@ -313,16 +313,31 @@ pub fn usage_to_api(usage: SnapshotUsage) -> api::SnapshotUsage {
 /// How far a verification is. It is only judged when it is over.
 #[must_use]
 pub fn verification_to_api(progress: VerifyProgress) -> api::SnapshotVerification {
-    let state = match (progress.done, &progress.damage) {
-        (false, _) => api::VerificationState::Running,
-        (true, None) => api::VerificationState::Intact,
-        (true, Some(_)) => api::VerificationState::Damaged,
+    use api::VerificationState as State;
+    let (mut damage, mut error, mut unchecked) = (None, None, None);
+    let state = match progress.outcome {
+        None => State::Running,
+        Some(VerifyOutcome::Intact { unchecked: part }) => {
+            unchecked = part;
+            State::Intact
+        }
+        Some(VerifyOutcome::Damaged(part)) => {
+            damage = Some(part);
+            State::Damaged
+        }
+        Some(VerifyOutcome::Unreadable(reason)) => {
+            error = Some(reason);
+            State::Unreadable
+        }
+        Some(VerifyOutcome::Cancelled) => State::Cancelled,
     };
     api::SnapshotVerification {
         state,
         verified_bytes: signed(progress.verified_bytes),
         total_bytes: signed(progress.total_bytes),
-        damage: progress.damage,
+        damage,
+        error,
+        unchecked,
     }
 }
 
@@ -587,17 +602,39 @@ pub(super) mod tests {
 
     #[test]
     fn a_verification_is_judged_when_it_is_over() {
-        let at = |done, damage: Option<&str>| {
+        let at = |outcome| {
             verification_to_api(VerifyProgress {
                 verified_bytes: 1,
                 total_bytes: 2,
-                done,
-                damage: damage.map(str::to_owned),
+                outcome,
             })
-            .state
         };
-        assert_eq!(at(false, None), api::VerificationState::Running);
-        assert_eq!(at(true, None), api::VerificationState::Intact);
-        assert_eq!(at(true, Some("frame 3")), api::VerificationState::Damaged);
+        let named = |part: &str| Some(part.to_owned());
+        assert_eq!(at(None).state, api::VerificationState::Running);
+        let intact = VerifyOutcome::Intact {
+            unchecked: named("the root disk"),
+        };
+        let intact = at(Some(intact));
+        assert_eq!(
+            (intact.state, intact.damage, intact.unchecked),
+            (api::VerificationState::Intact, None, named("the root disk"))
+        );
+        let damaged = at(Some(VerifyOutcome::Damaged("frame 3".into())));
+        assert_eq!(
+            (damaged.state, damaged.damage),
+            (api::VerificationState::Damaged, named("frame 3"))
+        );
+        // A disk that fails is no proof against what lies on it.
+        let unreadable = at(Some(VerifyOutcome::Unreadable("input/output error".into())));
+        assert_eq!(
+            (unreadable.state, unreadable.damage, unreadable.error),
+            (
+                api::VerificationState::Unreadable,
+                None,
+                named("input/output error")
+            )
+        );
+        let cancelled = at(Some(VerifyOutcome::Cancelled));
+        assert_eq!(cancelled.state, api::VerificationState::Cancelled);
     }
 }
