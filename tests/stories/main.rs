@@ -31,6 +31,7 @@ mod papers;
 mod registry;
 mod service;
 mod snapshots;
+mod snapshots_compression;
 mod snapshots_identity;
 mod snapshots_many;
 mod snapshots_sharing;

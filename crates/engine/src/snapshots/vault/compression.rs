@@ -17,7 +17,7 @@ use super::{State, Vault, lock, parse, release};
 use crate::blocking::blocking;
 use crate::events::{EventKind, Events};
 use crate::instances::Table;
-use crate::{EngineError, faults};
+use crate::{EngineError, clock, faults};
 
 /// A compression that failed is tried again this much later: space may be back.
 const RETRY: Duration = Duration::from_secs(20);
@@ -36,7 +36,7 @@ enum Next {
 }
 
 fn later(delay: Duration) -> Option<Timestamp> {
-    Timestamp::now().checked_add(delay).ok()
+    clock::now().checked_add(delay).ok()
 }
 
 impl Vault {
@@ -78,7 +78,7 @@ impl Vault {
     pub(crate) fn state(&self, image: &str) -> CompressionState {
         let state = self.locked();
         let framed = parse(image).ok().and_then(|id| state.forms.compressed(id));
-        framed.unwrap_or_else(|| state.jobs.state(image, Timestamp::now()))
+        framed.unwrap_or_else(|| state.jobs.state(image, clock::now()))
     }
 
     /// Learns which images are framed already, and which of those a crash left their raw form. Part of the start.
@@ -112,7 +112,7 @@ impl Vault {
     }
 
     fn next(&self, table: &Table) -> Next {
-        let now = Timestamp::now();
+        let now = clock::now();
         loop {
             let state = self.locked();
             let mut drops = state.drops.iter();
@@ -124,7 +124,9 @@ impl Vault {
                 let soonest = [soonest, state.jobs.soonest()].into_iter().flatten().min();
                 return Next::Wait(soonest.map_or(IDLE, |start| {
                     let milliseconds = start.as_millisecond() - now.as_millisecond();
-                    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0) + 1)
+                    let wait = Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0) + 1);
+                    // The clock may be set meanwhile.
+                    wait.min(clock::look_again())
                 }));
             };
             drop(state);
