@@ -178,7 +178,7 @@ impl Vault {
         }
     }
 
-    /// Drops the raw form of an image that was left both.
+    /// Drops the raw form of an image that has both.
     async fn drop_raw(&self, id: MemoryId) {
         let store = self.store.clone();
         let dropped = blocking(move || Ok(store.drop_raw(id)?)).await;
@@ -222,12 +222,17 @@ fn frame(
 /// Learns what is there of an image, and of those among its ancestors that are not known yet.
 fn learn(store: &MemoryStore, state: &Mutex<State>, id: MemoryId) -> Result<(), EngineError> {
     let mut next = Some(id);
-    while let Some(id) = next {
-        let outline = store.outline(id)?;
+    while let Some(image) = next {
+        let outline = match store.outline(image) {
+            Ok(outline) => outline,
+            // Whoever restores from it is told.
+            Err(_) if image != id => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
         let mut state = lock(state);
-        state.forms.insert(id, outline);
+        state.forms.insert(image, outline);
         if outline.raw && outline.frame_bytes.is_some() {
-            state.drops.entry(id).or_default();
+            state.drops.entry(image).or_default();
         }
         next = outline.parent.filter(|parent| !state.forms.contains(*parent));
     }
