@@ -351,11 +351,28 @@ async fn compression_is_cut_at_each_step_and_goes_on() {
             shown["compression_state"] == "compressed"
         })
         .await;
+        // What the frames replace is not kept for ever, whatever was cut.
+        eventually("the raw form is gone", || async {
+            !memory_files(&server).iter().any(|name| name == "memory.raw")
+        })
+        .await;
         all_verify(&server, point).await;
         goes_on(&server, &guest, 0, point).await;
         delete_all(&server).await;
     }
     guest.delete().await;
+}
+
+/// Names of the files of all memory images.
+fn memory_files(server: &Server) -> Vec<String> {
+    let images = std::fs::read_dir(server.data_directory().join("memory")).unwrap();
+    let files = images
+        .flatten()
+        .filter_map(|image| std::fs::read_dir(image.path()).ok())
+        .flat_map(|files| files.flatten());
+    files
+        .filter_map(|file| file.file_name().into_string().ok())
+        .collect()
 }
 
 #[tokio::test]

@@ -32,6 +32,7 @@ mod papers;
 mod registry;
 mod service;
 mod snapshots;
+mod snapshots_compression;
 mod snapshots_identity;
 mod snapshots_in_place;
 mod snapshots_many;

@@ -455,11 +455,24 @@ async fn what_did_not_change_is_stored_once() {
             "test $(stat -c %s /dev/shm/ballast) = 60000000 && test $(stat -c %s /dev/shm/more) = 4000000",
         )
         .await;
+    // Each says what memory it holds, of which it stores little.
     for _ in 0..2 {
-        client
+        let snapshot = client
             .post(&format!("{path}/snapshots"), &json!({"kind": "Standby"}))
             .await
-            .expect(201);
+            .expect(201)
+            .json();
+        let memory = snapshot["uncompressed_size_bytes"].as_u64().unwrap();
+        assert!(memory > 64_000_000 && memory <= 256 << 20, "{snapshot}");
+        assert!(snapshot["size_bytes"].as_u64().unwrap() >= memory, "{snapshot}");
+        let shown = format!("/snapshots/{}", snapshot["id"].as_str().unwrap());
+        let usage = client.get(&format!("{shown}/usage")).await.expect(200).json();
+        assert!(usage["own_bytes"].as_u64().unwrap() < whole / 3, "{usage}");
+        let verified = client.post_empty(&format!("{shown}/verify")).await;
+        let verified = verified.expect(200).json();
+        assert_eq!(verified["state"], "intact", "{verified}");
+        assert_eq!(verified["verified_bytes"], verified["total_bytes"], "{verified}");
+        assert!(verified["total_bytes"].as_u64().unwrap() >= memory, "{verified}");
     }
     let sizes = images(&server);
     assert!(sizes.iter().skip(1).all(|size| *size < whole / 3), "{sizes:?}");
@@ -557,6 +570,52 @@ async fn a_flipped_bit_anywhere_is_named_and_never_becomes_a_guest() {
     }
     goes_on(&guest, 0).await;
     assert_eq!(client.get("/instances").await.json().as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_the_root_disk_is_named_and_nothing_goes_on_above_it() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    let guest = counting(&server, &image, json!({"name": "origin"})).await;
+    let path = format!("/instances/{}", guest.id);
+    let snapshot = client
+        .post(&format!("{path}/snapshots"), &json!({"kind": "Standby"}))
+        .await
+        .expect(201)
+        .json();
+    let shown = format!("/snapshots/{}", snapshot["id"].as_str().unwrap());
+    client.post_empty(&format!("{path}/standby")).await.expect(200);
+    let mut disks = files(&server.data_directory().join("images"));
+    disks.retain(|file| file.ends_with("rootfs.erofs"));
+    assert_eq!(disks.len(), 1, "{disks:?}");
+    flip(&disks[0]);
+    let verified = client.post_empty(&format!("{shown}/verify")).await;
+    let verified = verified.expect(200).json();
+    assert_eq!(verified["state"], "damaged", "{verified}");
+    assert!(
+        verified["damage"].as_str().unwrap().contains("the root disk"),
+        "{verified}"
+    );
+    let fork = client
+        .post(&format!("{shown}/fork"), &json!({"name": "never"}))
+        .await;
+    let restore = client.post_empty(&format!("{path}/restore")).await;
+    for reply in [fork, restore] {
+        assert!(
+            reply.status >= 400 && reply.text().contains("the root disk"),
+            "{} {}",
+            reply.status,
+            reply.text()
+        );
+    }
+    assert!(server.vmms().is_empty());
+    flip(&disks[0]);
+    let verified = client.post_empty(&format!("{shown}/verify")).await;
+    assert_eq!(verified.expect(200).json()["state"], "intact");
+    client.post_empty(&format!("{path}/restore")).await.expect(200);
+    goes_on(&guest, 1).await;
 }
 
 #[tokio::test]

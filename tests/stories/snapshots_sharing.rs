@@ -3,11 +3,20 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hypeman_tests::{LoopDisk, Server, ServerOptions, have, hypervisors, skip_unless};
+use hypeman_tests::{LoopDisk, Server, ServerOptions, eventually, have, hypervisors, skip_unless};
 use serde_json::json;
 
 /// Megabytes that the guest writes to its disk: far more than what a snapshot's other parts take.
 const WRITTEN: u64 = 96;
+
+/// Bytes that a promise may be off: what others write meanwhile, and what the file system keeps for itself.
+const SLACK: u64 = 16 << 20;
+
+/// Bytes that are free on the file system of a directory.
+fn free(directory: &Path) -> u64 {
+    let told = rustix::fs::statvfs(directory).unwrap();
+    told.f_bfree * told.f_frsize
+}
 
 /// Bytes of a file that another file has as well, as the file system tells.
 fn shared_bytes(path: &Path) -> u64 {
@@ -125,6 +134,13 @@ async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
         }
         assert_eq!(guest.output("cat /root/note").await, "after");
 
+        // What others share is not the snapshot's own, and what is its own comes back with it.
+        let usage = format!("/snapshots/{id}/usage");
+        let cost = client.get(&usage).await.expect(200).json();
+        let bytes = |cost: &serde_json::Value, field: &str| cost[field].as_u64().unwrap();
+        assert!(bytes(&cost, "shared_bytes") >= WRITTEN << 20, "{cost}");
+        assert!(bytes(&cost, "own_bytes") < (WRITTEN << 20) / 2, "{cost}");
+
         // Read back whole: blocks that the guests have written since are not the snapshot's.
         let verified = client
             .post_empty(&format!("/snapshots/{id}/verify"))
@@ -148,6 +164,19 @@ async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
             child.delete().await;
         }
         guest.delete().await;
+        // Now nobody shares its disk, as soon as the file system has taken the others' back.
+        eventually("its disk is its own", || async {
+            let cost = client.get(&usage).await.expect(200).json();
+            bytes(&cost, "own_bytes") >= WRITTEN << 20
+        })
+        .await;
+        let cost = client.get(&usage).await.expect(200).json();
+        let before = free(data);
         client.delete(&format!("/snapshots/{id}")).await.expect(204);
+        let promised = bytes(&cost, "freed_by_delete_bytes");
+        eventually("what was promised has come back", || async {
+            free(data) + SLACK > before + promised
+        })
+        .await;
     }
 }

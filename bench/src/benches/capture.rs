@@ -153,7 +153,7 @@ impl Bench<'_> {
 }
 
 /// How long a guest stood still when it was captured last.
-fn last_pause(server: &Server, id: &str) -> Result<Duration> {
+pub(super) fn last_pause(server: &Server, id: &str) -> Result<Duration> {
     let path = server
         .data_directory()
         .join("instances")

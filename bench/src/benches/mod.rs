@@ -9,6 +9,7 @@ mod list;
 mod memory;
 mod pager;
 mod restore;
+mod scaling;
 mod seed;
 mod snapshots;
 mod virsh;
@@ -24,7 +25,7 @@ use crate::report::Section;
 type Run = fn(&Context, &mut Section) -> Result<()>;
 
 /// All benches: name, what is measured against what, and the code.
-pub const ALL: [(&str, &str, Run); 12] = [
+pub const ALL: [(&str, &str, Run); 13] = [
     (
         "boot",
         "create to Running, against bare QEMU booting the same kernel to an init that exits",
@@ -64,6 +65,11 @@ pub const ALL: [(&str, &str, Run); 12] = [
         "capture",
         "pause of a running source, and standby, against copying in RAM and dd with sync",
         capture::run,
+    ),
+    (
+        "scaling",
+        "restore of a larger guest, pause after much was written, each against the same without",
+        scaling::run,
     ),
     (
         "compression",

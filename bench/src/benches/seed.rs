@@ -4,9 +4,11 @@
 use std::path::Path;
 
 use hypeman_store::{Store, StoreError, instances};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::restore::wait_until_compressed;
 use crate::error::{BenchError, Result};
+use crate::guests;
 use crate::registry::push_busybox;
 use crate::server::{Server, call, create_running, small_instance};
 
@@ -27,6 +29,26 @@ pub(super) fn stopped_instance(server: &Server) -> Result<(String, String)> {
         200,
     )?;
     Ok((id, image))
+}
+
+/// Boots an instance, takes a compressed Standby snapshot of it, stops it, and takes a Stopped one.
+pub(super) fn captured_instance(server: &Server) -> Result<()> {
+    let image = push_busybox(server)?;
+    let mut api = server.connect()?;
+    let id = create_running(&mut api, &small_instance("bench-seed", &image, "qemu"))?;
+    let snapshot = guests::snapshot(&mut api, &id, Some(json!({ "enabled": true })))?;
+    wait_until_compressed(&mut api, &snapshot)?;
+    call(&mut api, "POST", &format!("/instances/{id}/stop"), None, 200)?;
+    call(
+        &mut api,
+        "GET",
+        &format!("/instances/{id}/wait?state=Stopped&timeout=60s"),
+        None,
+        200,
+    )?;
+    let request = json!({ "kind": "Stopped", "name": "seed" });
+    let path = format!("/instances/{id}/snapshots");
+    call(&mut api, "POST", &path, Some(&request), 201).map(drop)
 }
 
 /// Returns the server with [`STORED`] stopped instances, and the image that they have.

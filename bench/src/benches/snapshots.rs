@@ -1,6 +1,7 @@
 //! How long lists of a hundred thousand snapshots take: by source, by tag, a page, and whole; what they cost in memory.
 //!
-//! One real snapshot is taken by the API and its row multiplied in the store while the server is away.
+//! Two real snapshots, a Stopped one and a compressed Standby one, are taken by the API and their rows multiplied in the
+//! store while the server is away. The multiplied ones share one memory image.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +13,7 @@ use hypeman_store::{Store, StoreError};
 use serde_json::{Value, json};
 
 use super::memory::settled;
-use super::seed::stopped_instance;
+use super::seed::captured_instance;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::load;
@@ -21,6 +22,8 @@ use crate::server::{Server, call};
 use crate::statistics::{Sample, milliseconds};
 
 const STORED: usize = 100_000;
+/// What they are copies of, in turns: one with memory, one without.
+const MODELS: usize = 2;
 /// Instances that they are of, and values of the tag that is filtered by: a hundred snapshots each.
 const GROUPS: usize = STORED / 100;
 /// Pace of the requests whose latency is judged.
@@ -91,23 +94,13 @@ fn whole(context: &Context, server: &Server, section: &mut Section) -> Result<()
 
 /// A server with [`STORED`] snapshots, and what they cost in its memory.
 fn seeded(server: Server, section: &mut Section) -> Result<Server> {
-    let (id, _) = stopped_instance(&server)?;
-    let mut api = server.connect()?;
-    let request = json!({"kind": "Stopped", "name": "seed"});
-    call(
-        &mut api,
-        "POST",
-        &format!("/instances/{id}/snapshots"),
-        Some(&request),
-        201,
-    )?;
-    drop(api);
-    // A server that has just started, with one and with many.
+    captured_instance(&server)?;
+    // A server that has just started, with two and with many.
     let server = server.restart(|_| Ok(()))?;
     let (_, few) = settled(&server)?;
     let server = server.restart(multiply)?;
     let (_, many) = settled(&server)?;
-    let each = (many as f64 - few as f64) / (STORED - 1) as f64;
+    let each = (many as f64 - few as f64) / (STORED - MODELS) as f64;
     section.row("memory of each", "KiB", each, None, Goal::AtMost(1.5));
     let list = call(&mut server.connect()?, "GET", "/snapshots", None, 200)?;
     match list.as_array().map(Vec::len) {
@@ -128,15 +121,20 @@ fn multiply(database: &Path) -> Result<()> {
     let rows: Vec<Listed<Value>> = store
         .read(|connection| list(connection, &Filter::default(), None, None))
         .map_err(fail)?;
-    let Some(model) = rows.into_iter().next().map(|row| row.document) else {
-        return Err(BenchError::Answer("there is no snapshot to multiply".into()));
-    };
+    let models: Vec<Value> = rows.into_iter().map(|row| row.document).collect();
+    if models.len() != MODELS {
+        return Err(BenchError::Answer(format!(
+            "{} snapshots to multiply instead of {MODELS}",
+            models.len()
+        )));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .map_err(|error| BenchError::io("start a runtime", error))?;
     let inserted = runtime.block_on(store.write(move |connection| {
-        for number in 1..STORED {
-            let mut record = model.clone();
+        for number in MODELS..STORED {
+            let mut record = models[number % MODELS].clone();
+            let kind = record["kind"].as_str().unwrap_or_default().to_owned();
             let (id, source) = (format!("s{number:023}"), group_id(number % GROUPS));
             let name = format!("seed-{number}");
             let tags: BTreeMap<String, String> =
@@ -151,7 +149,7 @@ fn multiply(database: &Path) -> Result<()> {
                 id: &id,
                 source_instance_id: &source,
                 name: Some(&name),
-                kind: "Stopped",
+                kind: &kind,
                 tags: &tags,
             };
             insert(connection, &key, &record)?;

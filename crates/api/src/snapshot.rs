@@ -113,7 +113,7 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub compression_error: Option<String>,
-    /// Bytes of its compressed memory; only in state `compressed`.
+    /// Bytes of its compressed memory, with what it shares with others; only in state `compressed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub compressed_size_bytes: Option<i64>,
@@ -289,6 +289,14 @@ pub struct SnapshotVerification {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub damage: Option<String>,
+    /// Why not all of it could be read. It says nothing of what was stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub error: Option<String>,
+    /// A part that there is nothing to compare with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub unchecked: Option<String>,
 }
 
 /// How far a verification is.
@@ -301,6 +309,10 @@ pub enum VerificationState {
     Intact,
     /// A part is not what was stored, see `damage`.
     Damaged,
+    /// Not all of it could be read, see `error`; it may be intact.
+    Unreadable,
+    /// It was ended early.
+    Cancelled,
 }
 
 /// What a snapshot costs on disk, now. Other snapshots and forks change it.

@@ -69,7 +69,7 @@ impl Engine {
         let shared = Arc::clone(&self.shared);
         self.shared
             .tasks
-            .spawn(async move { shared.vault.compress_forever(&shared.events).await });
+            .spawn(async move { shared.vault.compress_forever(&shared.events, &shared.table).await });
         let shared = Arc::clone(&self.shared);
         self.shared.tasks.spawn(async move {
             let closing = shared.closing.clone();

@@ -84,7 +84,8 @@ pub const ALL: &[&str] = &[
     "schedule.captured",
 ];
 
-/// Ends the process here when a test asked for it through `HYPEMAN_FAULT`.
+/// Ends the process here when a test asked for it through `HYPEMAN_FAULT`, or waits while a test wants it to: as long
+/// as there is the file in `HYPEMAN_HOLD`, which is a name, a space and a path.
 #[inline]
 pub fn point(name: &str) {
     #[cfg(feature = "fault-points")]
@@ -95,11 +96,33 @@ pub fn point(name: &str) {
 
 #[cfg(feature = "fault-points")]
 mod armed {
+    use std::path::PathBuf;
     use std::sync::OnceLock;
+    use std::time::Duration;
 
+    /// Where to wait, and for what to go.
+    fn held() -> Option<&'static (String, PathBuf)> {
+        static HELD: OnceLock<Option<(String, PathBuf)>> = OnceLock::new();
+        let read = || {
+            let wanted = std::env::var("HYPEMAN_HOLD").ok()?;
+            let (name, path) = wanted.split_once(' ')?;
+            Some((name.to_owned(), PathBuf::from(path)))
+        };
+        HELD.get_or_init(read).as_ref()
+    }
+
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "only tests wait here, and a file that goes is no event everywhere"
+    )]
     pub(super) fn pass(name: &str) {
         static WANTED: OnceLock<Option<String>> = OnceLock::new();
         debug_assert!(super::ALL.contains(&name), "{name} is not listed");
+        if let Some((_, file)) = held().filter(|(held, _)| held == name) {
+            while file.exists() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
         let wanted = WANTED.get_or_init(|| std::env::var("HYPEMAN_FAULT").ok());
         if wanted.as_deref() == Some(name) {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);

@@ -49,5 +49,5 @@ pub use snapshots::{
     Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot,
     ListedSnapshot, MemorySummary, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotExport,
     SnapshotFilter, SnapshotKind, SnapshotPolicy, SnapshotRecord, SnapshotRequest, SnapshotSummary,
-    SnapshotUsage, StandbyRequest, VerifyProgress,
+    SnapshotUsage, StandbyRequest, VerifyOutcome, VerifyProgress,
 };

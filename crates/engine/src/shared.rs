@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hypeman_core::snapshot::choose_memory_compression;
 use hypeman_kernel::{BootArtifacts, Kernels};
 use hypeman_network::{Address, Network, NetworkError};
 use hypeman_store::Store;
@@ -115,9 +116,8 @@ impl Shared {
         request: Option<CompressionChoice>,
     ) -> CompressionChoice {
         let policy = record.snapshot_policy.as_ref();
-        request
-            .or(policy.and_then(|policy| policy.compression))
-            .unwrap_or(self.options.snapshots.compression_default)
+        let instance = policy.and_then(|policy| policy.compression);
+        choose_memory_compression(request, instance, self.options.snapshots.compression_default)
     }
 
     pub(crate) fn vmm(&self, kind: VmmKind) -> Result<Arc<dyn Vmm>, EngineError> {

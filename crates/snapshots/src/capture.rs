@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
-use crate::draft::Draft;
+use crate::draft::{Draft, Drawn};
 use crate::index::{Entry, Index};
 use crate::layout::{
     CHUNK_BYTES, MAX_DEPTH, PAGE_BYTES, bytes, check_memory_bytes, chunk_offset, is_zero, mask_of, pages_of,
@@ -43,6 +43,8 @@ pub enum Elsewhere {
 pub struct Captured {
     /// Bytes that the image takes: pages and index.
     pub stored_bytes: u64,
+    /// Bytes of the guest's memory that are not zero, whichever image of the chain has them.
+    pub content_bytes: u64,
     /// Pages that the image owns, zero pages that hide others included.
     pub owned_pages: u64,
     /// Owned pages that are zero. They take no space.
@@ -154,13 +156,17 @@ impl MemoryStore {
             Err(error) if alone(&error) => job(Below::Nothing).run(wanted),
             Err(error) => Err(error),
         }?;
-        let (index, stored_bytes) = done;
-        Ok(Captured::of(&index, stored_bytes, hold))
+        Ok(Captured::of(done, hold))
     }
 }
 
 impl Captured {
-    pub(crate) fn of(index: &Index, stored_bytes: u64, hold: Hold) -> Self {
+    pub(crate) fn of(drawn: Drawn, hold: Hold) -> Self {
+        let Drawn {
+            index,
+            stored_bytes,
+            content_bytes,
+        } = drawn;
         let count = |mask: fn(&Entry) -> u64| -> u64 {
             index
                 .entries
@@ -170,6 +176,7 @@ impl Captured {
         };
         Self {
             stored_bytes,
+            content_bytes,
             owned_pages: count(|entry| entry.owned),
             zero_pages: count(|entry| entry.owned & !entry.nonzero),
             depth: index.depth,
@@ -240,8 +247,8 @@ struct Worker {
 }
 
 impl Job<'_> {
-    /// Writes the image; returns its index and the bytes that it takes.
-    fn run(&self, mut wanted: BTreeMap<u32, u64>) -> Result<(Index, u64)> {
+    /// Writes the image.
+    fn run(&self, mut wanted: BTreeMap<u32, u64>) -> Result<Drawn> {
         // Without a word of the source, a page is zero or what layers between made of it.
         let silent = match self.elsewhere {
             Elsewhere::Zero => self.below.base(),
@@ -270,9 +277,9 @@ impl Job<'_> {
             let (chunk, pages) = wanted[number];
             self.chunk(worker, chunk, pages, &draft)
         })?;
-        let parent = self.below.base().first().map(|layer| &layer.index);
+        let ancestors: Vec<&Index> = self.below.base().iter().map(|layer| &layer.index).collect();
         draft.finish(
-            parent,
+            &ancestors,
             workers.into_iter().flat_map(|worker| worker.entries).collect(),
         )
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::error::at;
 use crate::files::{self, Workspace};
-use crate::index::{Entry, Index};
+use crate::index::{self, Entry, Index};
 use crate::layout::{INDEX, MEMO, RAW, bytes, bytes_of, chunk_offset, directory, runs};
 use crate::store::Shared;
 use crate::{MemoryId, Result, memo};
@@ -19,6 +19,15 @@ pub(crate) struct Draft<'a> {
     workspace: Workspace,
     path: PathBuf,
     raw: File,
+}
+
+/// A finished image.
+pub(crate) struct Drawn {
+    pub(crate) index: Index,
+    /// Bytes that it takes: pages and index.
+    pub(crate) stored_bytes: u64,
+    /// Bytes of memory that are not zero, those of its ancestors that show through among them.
+    pub(crate) content_bytes: u64,
 }
 
 impl<'a> Draft<'a> {
@@ -65,8 +74,8 @@ impl<'a> Draft<'a> {
         })
     }
 
-    /// Makes the image durable and gives it its name; returns its index and the bytes that it takes.
-    pub(crate) fn finish(self, parent: Option<&Index>, mut entries: Vec<Entry>) -> Result<(Index, u64)> {
+    /// Makes the image durable and gives it its name. Its ancestors are told newest first.
+    pub(crate) fn finish(self, ancestors: &[&Index], mut entries: Vec<Entry>) -> Result<Drawn> {
         let Self {
             shared,
             workspace,
@@ -76,13 +85,18 @@ impl<'a> Draft<'a> {
         shared.step("memory.capture.written");
         entries.sort_unstable_by_key(|entry| entry.chunk);
         let pages: u64 = entries.iter().map(|entry| bytes_of(entry.nonzero) as u64).sum();
-        let (index, bytes) = Index::build(self.id, parent, self.memory_bytes, entries);
+        let (index, bytes) = Index::build(self.id, ancestors.first().copied(), self.memory_bytes, entries);
         files::write_beside(&workspace.path().join(INDEX), &bytes, raw, &self.path)?;
         // What was written was hashed on its way.
         memo::remember(&workspace.path().join(MEMO), raw, &index.seal);
         shared.step("memory.capture.synced");
         files::rename_directory(workspace.path(), &directory(shared.root(), self.id))?;
         shared.step("memory.capture.renamed");
-        Ok((index, pages + bytes.len() as u64))
+        let content_bytes = index::content_bytes(std::iter::once(&index).chain(ancestors.iter().copied()));
+        Ok(Drawn {
+            index,
+            stored_bytes: pages + bytes.len() as u64,
+            content_bytes,
+        })
     }
 }

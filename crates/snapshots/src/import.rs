@@ -144,12 +144,12 @@ pub fn import(
     };
     let memory = match (memory, hold) {
         (Some(memory), Some(hold)) => {
-            let (index, stored) = memory.draft.finish(None, memory.entries)?;
+            let drawn = memory.draft.finish(&[], memory.entries)?;
             manifest.memory = Some(MemoryPart {
                 id: *id,
-                digest: index.seal,
+                digest: drawn.index.seal,
             });
-            Some(Captured::of(&index, stored, hold))
+            Some(Captured::of(drawn, hold))
         }
         _ => None,
     };

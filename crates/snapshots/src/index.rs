@@ -15,10 +15,12 @@
 //! ```
 //! A page that no image of a chain owns is zero. An image without a parent therefore owns only pages that are not.
 
+use std::collections::HashMap;
+
 use blake3::Hash;
 
 use crate::error::Part;
-use crate::layout::{MAX_DEPTH, check_memory_bytes, chunks, pages_of};
+use crate::layout::{MAX_DEPTH, bytes_of, check_memory_bytes, chunks, pages_of};
 use crate::sealed::{self, Fields, Kind, Refusal};
 use crate::{Error, MemoryId, Result};
 
@@ -165,6 +167,18 @@ impl Index {
     }
 }
 
+/// Bytes of memory that are not zero, seen through an image and its ancestors, newest first.
+pub(crate) fn content_bytes<'a>(indexes: impl Iterator<Item = &'a Index>) -> u64 {
+    let mut hidden = HashMap::<u32, u64>::new();
+    let mut bytes = 0;
+    for entry in indexes.flat_map(|index| &index.entries) {
+        let above = hidden.entry(entry.chunk).or_default();
+        bytes += bytes_of(entry.nonzero & !*above) as u64;
+        *above |= entry.owned;
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -183,6 +197,24 @@ mod tests {
                 chunks.into_iter().map(entry).collect()
             },
         )
+    }
+
+    #[test]
+    fn each_page_of_the_guest_is_counted_once() {
+        let memory = 8 * crate::CHUNK_BYTES as u64;
+        let entry = |chunk, owned, nonzero| Entry {
+            chunk,
+            owned,
+            nonzero,
+            digest: blake3::hash(b""),
+        };
+        let base = vec![entry(0, 0b1111, 0b1111), entry(3, 1, 1)];
+        let (base, _) = Index::build(MemoryId([1; 16]), None, memory, base);
+        // One page is other than before, one is zero now, two are new, and all others are as they were.
+        let changes = vec![entry(0, 0b0011, 0b0001), entry(5, 0b110, 0b110)];
+        let (top, _) = Index::build(MemoryId([2; 16]), Some(&base), memory, changes);
+        assert_eq!(content_bytes(std::iter::once(&base)), 5 * 4096);
+        assert_eq!(content_bytes([&top, &base].into_iter()), 6 * 4096);
     }
 
     proptest! {

@@ -35,22 +35,8 @@ impl MemoryStore {
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Verified> {
         let _hold = self.hold(*id)?;
-        // Opening the chain checks that its indexes belong together.
-        let chain = crate::reader::Chain::open(&self.shared, *id)?;
-        let mut layers = Vec::new();
-        for layer in chain.layers {
-            let index = layer.index;
-            let contents = [
-                Layer::raw(&self.shared, &index)?,
-                Layer::framed(&self.shared, &index)?,
-            ];
-            layers.extend(contents.into_iter().flatten().map(|content| Layer {
-                index: index.clone(),
-                content,
-            }));
-        }
-        let total = layers.iter().flat_map(|layer| &layer.index.entries);
-        let total: u64 = total.map(|entry| bytes_of(entry.nonzero) as u64).sum();
+        let layers = self.everything(*id)?;
+        let total = page_bytes(&layers);
         let done = AtomicU64::new(0);
         let add = |bytes: u64| progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         let mut images = std::collections::HashSet::new();
@@ -68,6 +54,38 @@ impl MemoryStore {
             bytes: total,
         })
     }
+
+    /// The bytes that [`MemoryStore::verify`] would compare.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], and when indexes or frame tables are damaged.
+    pub fn verify_bytes(&self, id: &MemoryId) -> Result<u64> {
+        let _hold = self.hold(*id)?;
+        Ok(page_bytes(&self.everything(*id)?))
+    }
+
+    /// An image and its ancestors in each of their forms. Opening the chain checks that its indexes belong together.
+    fn everything(&self, id: MemoryId) -> Result<Vec<Layer>> {
+        let chain = crate::reader::Chain::open(&self.shared, id)?;
+        let mut layers = Vec::new();
+        for layer in chain.layers {
+            let index = layer.index;
+            let contents = [
+                Layer::raw(&self.shared, &index)?,
+                Layer::framed(&self.shared, &index)?,
+            ];
+            layers.extend(contents.into_iter().flatten().map(|content| Layer {
+                index: index.clone(),
+                content,
+            }));
+        }
+        Ok(layers)
+    }
+}
+
+fn page_bytes(layers: &[Layer]) -> u64 {
+    let entries = layers.iter().flat_map(|layer| &layer.index.entries);
+    entries.map(|entry| bytes_of(entry.nonzero) as u64).sum()
 }
 
 /// Checks every page that an image owns, in the form in which it was opened.

@@ -10,7 +10,7 @@ mod support;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use hypeman_snapshots::{Codec, Error, Forms};
+use hypeman_snapshots::{Codec, Compressor, Error, Forms};
 use support::{Guest, Place, names, restore};
 
 const ZSTD: Codec = Codec::Zstd(1);
@@ -43,6 +43,18 @@ fn compressed_memory_expands_to_what_it_was() {
                 raw: true,
                 framed: Some(compressed.bytes)
             }
+        );
+        let outline = place.store.outline(id).unwrap();
+        assert_eq!(
+            (outline.raw, outline.page_bytes, outline.frame_bytes),
+            (true, compressed.content_bytes, Some(compressed.bytes))
+        );
+        assert_eq!(
+            outline.compressor,
+            Some(match codec {
+                Codec::Zstd(_) => Compressor::Zstd,
+                Codec::Lz4(_) => Compressor::Lz4,
+            })
         );
         assert_eq!(restore(&place.store, id).unwrap(), guest.bytes());
         place.verify(id).unwrap();

@@ -125,6 +125,9 @@ fn a_long_line_of_captures_stays_shallow() {
                 Elsewhere::Parent,
             )
             .unwrap();
+        // However little of it is new, it is the memory of a whole guest.
+        let pages = guest.0.iter().filter(|seed| **seed != 0).count();
+        assert_eq!(captured.content_bytes, (pages * PAGE_BYTES) as u64);
         if let Some(parent) = captured.parent {
             let (_, before) = images.iter().find(|(id, _)| *id == parent).unwrap();
             let changed = before

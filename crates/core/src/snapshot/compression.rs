@@ -133,7 +133,7 @@ pub fn choose_compression(
     server: CompressionChoice,
 ) -> Result<CompressionChoice, InvalidValue> {
     if kind.has_memory() {
-        return Ok(request.or(instance).unwrap_or(server));
+        return Ok(choose_memory_compression(request, instance, server));
     }
     if request.is_some_and(CompressionChoice::is_on) {
         return Err(InvalidValue::new(
@@ -143,6 +143,16 @@ pub fn choose_compression(
         .in_field("compression"));
     }
     Ok(CompressionChoice::Off)
+}
+
+/// The same for memory that is captured in any case.
+#[must_use]
+pub fn choose_memory_compression(
+    request: Option<CompressionChoice>,
+    instance: Option<CompressionChoice>,
+    server: CompressionChoice,
+) -> CompressionChoice {
+    request.or(instance).unwrap_or(server)
 }
 
 /// How long after a standby compression begins: the request over the instance's policy, else at once.

@@ -17,7 +17,9 @@ mod target;
 
 use serde::{Deserialize, Serialize};
 
-pub use compression::{Algorithm, CompressionChoice, choose_compression, choose_delay};
+pub use compression::{
+    Algorithm, CompressionChoice, choose_compression, choose_delay, choose_memory_compression,
+};
 pub use forks::{MAX_FORKS, fork_names};
 pub use target::{Target, TargetRefusal, fork_target, hypervisor_of, snapshot_target};
 

@@ -62,11 +62,11 @@ impl Catalog {
         self.check_budget(carried.bytes)?;
         let (directory, target) = (self.layout.image(&name), self.layout.root_disk(&name));
         let Carried {
+            seal,
             path,
             bytes,
             platform,
             config,
-            ..
         } = carried;
         let content = Content {
             digest: name,
@@ -74,6 +74,7 @@ impl Catalog {
             status: ImageStatus::Ready,
             error: None,
             size_bytes: Some(bytes),
+            seal: Some(seal),
             config,
             upstream: None,
             blobs: Vec::new(),

@@ -208,6 +208,7 @@ impl Catalog {
             status: ImageStatus::Pending,
             error: None,
             size_bytes: None,
+            seal: None,
             config: RuntimeConfig::default(),
             upstream: Some(reference.with_digest(resolved.digest).to_string()),
             blobs,

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::catalog::{Catalog, Job};
 use super::model::{Content, ImageStatus, RuntimeConfig};
+use crate::instances::disks;
 use crate::layout::make_private;
 use crate::{EngineError, durable, faults};
 
@@ -216,11 +217,12 @@ impl Catalog {
             .await
             .map_err(|_| EngineError::ShuttingDown)?;
         job.progress.enter(CONVERTING);
-        let size_bytes = self.convert(&content.digest, &manifest, &config, job).await?;
+        let (size_bytes, seal) = self.convert(&content.digest, &manifest, &config, job).await?;
         Ok(Content {
             status: ImageStatus::Ready,
             error: None,
             size_bytes: Some(size_bytes),
+            seal: Some(seal),
             config: RuntimeConfig::from(&config),
             ..content
         })
@@ -268,7 +270,7 @@ impl Catalog {
         manifest: &Manifest,
         config: &ImageConfig,
         job: &Arc<Job>,
-    ) -> Result<u64, EngineError> {
+    ) -> Result<(u64, String), EngineError> {
         let sources = layer_sources(&self.blobs, manifest, config);
         let hex = digest.rsplit(':').next().unwrap_or(digest);
         let unique = crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?;
@@ -284,7 +286,7 @@ impl Catalog {
         };
         let guard = Guard::new(self, job);
         let path = work.clone();
-        let converted = tokio::task::spawn_blocking(move || -> Result<u64, EngineError> {
+        let converted = tokio::task::spawn_blocking(move || -> Result<(u64, String), EngineError> {
             let output = File::options()
                 .read(true)
                 .write(true)
@@ -306,7 +308,8 @@ impl Catalog {
             };
             name().map_err(|error| EngineError::io("name the root disk", error))?;
             faults::point("image.renamed");
-            Ok(converted.size_bytes)
+            // Under its name: what is noted of a file is void when that changes.
+            Ok((converted.size_bytes, disks::seal(&target)?))
         })
         .await
         .map_err(|error| EngineError::io("convert", error.into()))?;

@@ -21,6 +21,7 @@ mod model;
 mod own_name;
 mod promises;
 mod registry;
+mod seals;
 mod supply;
 #[cfg(test)]
 mod tests;

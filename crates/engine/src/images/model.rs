@@ -96,6 +96,9 @@ pub(crate) struct Content {
     pub(crate) status: ImageStatus,
     pub(crate) error: Option<String>,
     pub(crate) size_bytes: Option<u64>,
+    /// What the root disk holds, hex, as it was made; `None` in early records.
+    #[serde(default)]
+    pub(crate) seal: Option<String>,
     pub(crate) config: RuntimeConfig,
     /// Where missing blobs come from; `None` when the registry endpoints received them.
     pub(crate) upstream: Option<String>,

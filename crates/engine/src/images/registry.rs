@@ -203,6 +203,7 @@ impl Catalog {
             status: ImageStatus::Pending,
             error: None,
             size_bytes: None,
+            seal: None,
             config: RuntimeConfig::from(&config),
             upstream: None,
             blobs,

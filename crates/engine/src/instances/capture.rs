@@ -206,7 +206,7 @@ impl Driver {
         let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
         let memory = MemoryRecord {
             image: kept.image.clone(),
-            bytes: kept.stored_bytes,
+            bytes: kept.content_bytes,
             compression: plan.compression,
             state: CompressionState::None,
             agent_key: agent_key.unwrap_or_default(),

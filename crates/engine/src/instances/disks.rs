@@ -97,13 +97,15 @@ pub(crate) async fn settle(path: PathBuf) -> Result<Settled, EngineError> {
         })
         .await?
     };
+    let digest = blocking(move || seal(&path)).await?;
+    Ok(Settled { bytes, digest })
+}
+
+/// Says what a disk is that nobody writes to any more, hex, and notes that it was looked at. Reads, so it blocks.
+pub(crate) fn seal(path: &Path) -> Result<String, EngineError> {
     let memo = path.with_file_name(VERIFIED);
-    let sealed =
-        blocking(move || Ok(disk::seal_and_remember(&path, &memo, &AtomicBool::new(false))?)).await?;
-    Ok(Settled {
-        bytes,
-        digest: sealed.to_hex().to_string(),
-    })
+    let sealed = disk::seal_and_remember(path, &memo, &AtomicBool::new(false))?;
+    Ok(sealed.to_hex().to_string())
 }
 
 /// How thoroughly a captured disk is compared with its digest.
@@ -115,7 +117,7 @@ pub(crate) enum Thoroughness {
     Always,
 }
 
-/// Refuses the writable layer of a snapshot that is not what was captured. Reads, so it blocks.
+/// Refuses a disk that is not what was sealed. Reads, so it blocks.
 pub(crate) fn check(
     path: &Path,
     digest: &str,
@@ -128,16 +130,37 @@ pub(crate) fn check(
     Ok(disk::check_seal(path, &expected, memo, cancel)?)
 }
 
-/// Bytes that the files of a directory take on disk.
-pub(crate) fn stored_bytes(directory: &Path) -> u64 {
+/// Bytes that files take on disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Stored {
+    /// That nobody else has: they come back with the last name of the files.
+    pub(crate) own: u64,
+    /// Blocks, or whole files under other names, that others have as well.
+    pub(crate) shared: u64,
+}
+
+/// What the files of a directory take on disk.
+pub(crate) fn stored_bytes(directory: &Path) -> Stored {
+    let mut stored = Stored::default();
     let Ok(entries) = std::fs::read_dir(directory) else {
-        return 0;
+        return stored;
     };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.metadata().ok())
-        .map(|metadata| metadata.blocks() * 512)
-        .sum()
+    for entry in entries.flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        let bytes = metadata.blocks() * 512;
+        let shared = if !metadata.is_file() {
+            0
+        } else if metadata.nlink() > 1 {
+            bytes
+        } else {
+            // What the file system does not tell counts as the file's own.
+            let asked = File::open(entry.path()).and_then(|file| hypeman_snapshots::shared_bytes(&file));
+            asked.unwrap_or(0).min(bytes)
+        };
+        stored.shared += shared;
+        stored.own += bytes - shared;
+    }
+    stored
 }
 
 fn create_new(target: &Path) -> io::Result<File> {

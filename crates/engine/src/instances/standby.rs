@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_core::instance::{Command, Observation, permit};
+use hypeman_core::snapshot::choose_delay;
 use hypeman_guest_api::AgentKey;
 use hypeman_vmm::{Machine, Restore};
 use jiff::Timestamp;
@@ -62,9 +63,8 @@ impl Driver {
         };
         let compression = self.shared.compression(&self.record, request.compression);
         let policy = self.record.snapshot_policy.as_ref();
-        let delay = request
-            .compression_delay
-            .or(policy.and_then(|policy| policy.standby_compression_delay));
+        let delay = policy.and_then(|policy| policy.standby_compression_delay);
+        let delay = Some(choose_delay(request.compression_delay, delay)).filter(|delay| !delay.is_zero());
         let held = self.hold_still().await;
         faults::point("standby.held");
         match self.suspend(&machine, compression, delay).await {
@@ -126,7 +126,7 @@ impl Driver {
             manifest,
             memory: MemoryRecord {
                 image: kept.image,
-                bytes: kept.stored_bytes,
+                bytes: kept.content_bytes,
                 compression,
                 state: CompressionState::None,
                 agent_key: agent_key.unwrap_or_default(),

@@ -173,6 +173,15 @@ impl Table {
         index.by_id.values().cloned().collect()
     }
 
+    /// Whether an instance is in standby on this memory image.
+    pub(crate) fn stands_on(&self, image: &str) -> bool {
+        self.slots().iter().any(|slot| {
+            let instance = slot.published.borrow();
+            let standby = instance.record.standby.as_ref();
+            standby.is_some_and(|standby| standby.memory.image == image)
+        })
+    }
+
     /// What the drivers last published.
     pub(crate) fn list(&self, filter: &InstanceFilter) -> Vec<Arc<Instance>> {
         self.slots()

@@ -159,6 +159,13 @@ fn write(
     if digest.seal().to_hex().as_str() != record.disk_digest {
         return Err(EngineError::damaged("the captured disk"));
     }
+    let recorded = shared.images.recorded_seal(&source.image_digest);
+    if recorded.is_some_and(|seal| root_digest.seal().to_hex().as_str() != seal) {
+        return Err(EngineError::damaged(&format!(
+            "the root disk of image {}",
+            source.image_digest
+        )));
+    }
     let mut manifest = portable::Manifest {
         kind: match record.kind {
             SnapshotKind::Standby => portable::SnapshotKind::Standby,

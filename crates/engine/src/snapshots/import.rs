@@ -111,7 +111,7 @@ struct Received {
     root_disk: Carried,
     devices_bytes: u64,
     manifest: String,
-    /// The image, and the bytes that it takes.
+    /// The image, and its bytes that are not zero.
     memory: Option<(Hold, String, u64)>,
 }
 
@@ -184,7 +184,7 @@ fn read(
     let memory = memory.map(|memory| {
         // Held by us before the store lets go.
         let hold = shared.vault.hold(&id.to_string());
-        (hold, memory.stored_bytes, memory.digest.to_hex().to_string())
+        (hold, memory.content_bytes, memory.digest.to_hex().to_string())
     });
     let papers = Papers::open(&description, limits)?;
     let source = papers.source();

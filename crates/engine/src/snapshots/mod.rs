@@ -27,6 +27,6 @@ pub use export::SnapshotExport;
 pub use model::{
     Algorithm, CompressionChoice, CompressionState, ForkOutcome, ForkRequest, ImportedSnapshot, MemoryRecord,
     RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter, SnapshotKind, SnapshotPolicy,
-    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyOutcome, VerifyProgress,
 };
 pub use summary::{ListedSnapshot, MemorySummary, SnapshotSummary};

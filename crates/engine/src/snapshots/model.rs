@@ -21,8 +21,10 @@ pub enum CompressionState {
     Compressing,
     /// Framed.
     Compressed {
-        /// Stored bytes.
+        /// Bytes of all frames that the memory is made of, others' included; of pages where those have no frames.
         bytes: u64,
+        /// How it was compressed; `None` when that could not make it smaller.
+        algorithm: Option<Algorithm>,
     },
     /// Raw; the job failed and is tried again later.
     Error {
@@ -122,7 +124,8 @@ pub struct SnapshotRecord {
 pub struct MemoryRecord {
     /// Memory image in the snapshot store.
     pub image: String,
-    /// Bytes of its pages that are not zero.
+    /// Bytes of the guest's pages that are not zero, wherever they are stored. Early records have those of the image
+    /// itself.
     pub bytes: u64,
     /// What was decided about compression.
     pub compression: CompressionChoice,
@@ -164,17 +167,31 @@ pub struct SnapshotUsage {
     pub freed_by_delete_bytes: u64,
 }
 
-/// How far a verification is; the last one has `done` set.
+/// How far a verification is; the last one has an outcome.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifyProgress {
-    /// Bytes read and checked.
+    /// Bytes read and right.
     pub verified_bytes: u64,
     /// Bytes in all.
     pub total_bytes: u64,
-    /// Nothing follows.
-    pub done: bool,
-    /// The part that is damaged, and how, once found.
-    pub damage: Option<String>,
+    /// What came of it. Nothing follows.
+    pub outcome: Option<VerifyOutcome>,
+}
+
+/// What came of a verification.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VerifyOutcome {
+    /// Every byte is what was stored.
+    Intact {
+        /// A part that there is nothing to compare with.
+        unchecked: Option<String>,
+    },
+    /// A part is not what was stored: which, and how.
+    Damaged(String),
+    /// Not all of it could be read: why. Nothing is known of the rest.
+    Unreadable(String),
+    /// Ended early by a client that went away, or by the end of the server.
+    Cancelled,
 }
 
 /// What an instance says of its memory, in place of the server's choice.

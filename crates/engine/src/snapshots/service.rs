@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use futures::Stream;
@@ -14,12 +15,13 @@ use tokio::task::JoinSet;
 
 use super::export::SnapshotExport;
 use super::model::{
-    CompressionChoice, ForkOutcome, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot,
-    SnapshotFilter, SnapshotKind, SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest,
-    VerifyProgress,
+    ForkOutcome, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, Snapshot, SnapshotFilter,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
 };
 use super::summary::ListedSnapshot;
+use crate::blocking::blocking;
 use crate::instances::capture::{CapturePlan, Captured};
+use crate::instances::disks::Thoroughness;
 use crate::instances::rewind::Target;
 use crate::instances::{Request, check_hypervisor, fork};
 use crate::shared::Shared;
@@ -46,6 +48,8 @@ impl Engine {
     /// # Errors
     /// It is not in standby, or this host can't load its state; then it stays there.
     pub async fn restore_instance(&self, id: &str) -> Result<Arc<Instance>, EngineError> {
+        let image = self.get_instance(id)?.record.image_digest.clone();
+        check_root_disk(self.shared(), &image).await?;
         self.ask(id, Request::Restore).await
     }
 
@@ -104,14 +108,13 @@ impl Engine {
         scheduled_for: Option<String>,
     ) -> Result<Snapshot, EngineError> {
         let instance = self.get_instance(id)?;
-        if request.kind == SnapshotKind::Stopped && request.compression.is_some_and(CompressionChoice::is_on)
-        {
-            return Err(EngineError::invalid(
-                "invalid_snapshot_compression",
-                "only memory is compressed, and a Stopped snapshot has none: leave compression out",
-            ));
-        }
-        let compression = self.shared().compression(&instance.record, request.compression);
+        let policy = instance.record.snapshot_policy.as_ref();
+        let compression = snapshot::choose_compression(
+            request.kind,
+            request.compression,
+            policy.and_then(|policy| policy.compression),
+            self.shared().options.snapshots.compression_default,
+        )?;
         let plan = CapturePlan {
             id: new_id()?,
             name: request.name,
@@ -320,7 +323,21 @@ async fn target(
         let disk_io = source.disk_io_bytes_per_second;
         check_hypervisor(shared, target.hypervisor, source.hotplug_bytes, disk_io).await?;
     }
+    check_root_disk(shared, &source.image_digest).await?;
     Ok(target)
+}
+
+/// Refuses to go on above a root disk that is not what was made of its image. It is read once since the host booted.
+async fn check_root_disk(shared: &Arc<Shared>, image: &str) -> Result<(), EngineError> {
+    let (shared, image) = (Arc::clone(shared), image.to_owned());
+    blocking(move || {
+        let never = AtomicBool::new(false);
+        shared
+            .images
+            .check_root_disk(&image, Thoroughness::Once, &never)?;
+        Ok(())
+    })
+    .await
 }
 
 async fn fork_all(
@@ -398,7 +415,7 @@ async fn delete(shared: &Arc<Shared>, id: &str) -> Result<(), EngineError> {
     faults::point("snapshot.delete.unrecorded");
     shared.events.publish(EventKind::Snapshot, id, "Deleted");
     if let Some(memory) = &record.memory {
-        shared.vault.release(&memory.image);
+        shared.vault.forget(&memory.image, id);
     }
     if let Some(files) = shared.leases.doom(id) {
         let removed = tokio::task::spawn_blocking(move || crate::durable::remove_tree(&files)).await;

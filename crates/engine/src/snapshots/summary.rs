@@ -46,7 +46,7 @@ pub struct SnapshotSummary {
 pub struct MemorySummary {
     /// Memory image in the snapshot store.
     pub(crate) image: Box<str>,
-    /// Bytes of its pages that are not zero.
+    /// Bytes of the guest's pages that are not zero.
     pub bytes: u64,
     /// What was decided about compression.
     pub compression: CompressionChoice,

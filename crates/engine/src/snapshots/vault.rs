@@ -11,88 +11,30 @@
 //! - An image is swept only when no row, machine or operation under way holds it or a descendant of it.
 //! - A restore never waits for compression: it takes the form that is there.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::File;
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hypeman_snapshots::{Base, Codec, Elsewhere, Materialized, MemoryId, MemorySource, MemoryStore};
-use hypeman_vmm::{CopyRoom, GuestMemory, Patch};
+use hypeman_snapshots::{Base, Elsewhere, Materialized, MemoryId, MemoryStore};
+use hypeman_vmm::{GuestMemory, Patch};
 use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::model::{Algorithm, CompressionChoice, CompressionState, MemoryRecord, SnapshotUsage};
+use self::forms::Forms;
+pub(crate) use self::frozen::Frozen;
+use self::jobs::Jobs;
+use super::model::SnapshotUsage;
 use crate::blocking::blocking;
-use crate::events::{EventKind, Events};
 use crate::{EngineError, faults};
 
-/// A compression that failed is tried again this much later: space may be back.
-const RETRY: Duration = Duration::from_secs(20);
-
-/// A raw form that a machine is about to map is dropped this much later.
-const DROP_RETRY: Duration = Duration::from_secs(1);
-
-/// Guest memory of one instant.
-#[derive(Debug)]
-pub(crate) struct Frozen {
-    /// What may hold something.
-    ranges: Vec<Range<u64>>,
-    content: Content,
-    /// Everything else is what the machine's base has, and not zero.
-    over_base: bool,
-}
-
-#[derive(Debug)]
-enum Content {
-    /// A copy: the guest runs again.
-    Copied(File),
-    /// The memory itself: the guest stands still until it is kept.
-    Live(GuestMemory),
-}
-
-impl Frozen {
-    /// Copies guest memory within RAM, into room made before, so that the guest can go on.
-    ///
-    /// `served`: it still was when the guest stood still, whatever was so when `memory` was opened.
-    pub(crate) fn copied(memory: &GuestMemory, room: CopyRoom, served: bool) -> io::Result<Self> {
-        let ranges = memory.populated()?;
-        let copy = memory.copy_into(room, &ranges)?;
-        Ok(Self {
-            ranges,
-            content: Content::Copied(File::from(copy)),
-            over_base: memory.is_private_mapping() || served,
-        })
-    }
-
-    /// Reads guest memory where it is.
-    pub(crate) fn live(memory: GuestMemory) -> io::Result<Self> {
-        Ok(Self {
-            ranges: memory.populated()?,
-            over_base: memory.misses_what_it_came_from(),
-            content: Content::Live(memory),
-        })
-    }
-}
-
-impl MemorySource for Frozen {
-    fn extents(&self) -> Vec<Range<u64>> {
-        self.ranges.clone()
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        match &self.content {
-            Content::Copied(copy) => copy.read_exact_at(into, offset),
-            Content::Live(memory) => memory.read(offset, into),
-        }
-    }
-}
+mod compression;
+mod forms;
+mod frozen;
+mod jobs;
 
 /// What new memory is compared with.
 #[derive(Debug, Clone, Default)]
@@ -109,8 +51,8 @@ pub(crate) struct Kept {
     pub(crate) image: String,
     /// Commits to each byte of it, hex.
     pub(crate) digest: String,
-    /// Bytes that it stores itself.
-    pub(crate) stored_bytes: u64,
+    /// Bytes of the guest's memory that are not zero, wherever they are stored.
+    pub(crate) content_bytes: u64,
     pub(crate) hold: Hold,
 }
 
@@ -153,21 +95,39 @@ impl LaidOut {
     }
 }
 
-#[derive(Debug, Clone)]
-struct Job {
-    codec: Codec,
-    not_before: Option<Timestamp>,
-    failure: Option<String>,
-    /// Snapshots to speak of when it is done.
-    snapshots: Vec<String>,
-}
-
 #[derive(Debug, Default)]
 struct State {
     holders: HashMap<String, usize>,
-    jobs: BTreeMap<String, Job>,
-    /// Stored bytes of the images that are framed.
-    framed: HashMap<String, u64>,
+    jobs: Jobs,
+    forms: Forms,
+    /// Images that have frames, whose raw form goes: each from its time on.
+    drops: HashMap<MemoryId, Option<Timestamp>>,
+    /// What is being compressed, which also holds it, and how to call that off.
+    running: Option<(String, Arc<AtomicBool>)>,
+    /// Images that nobody holds any more, until they are swept.
+    released: HashSet<MemoryId>,
+}
+
+impl State {
+    /// Who holds an image, but for whoever compresses it.
+    fn owners(&self, image: &str) -> usize {
+        let holders = self.holders.get(image).copied().unwrap_or_default();
+        let compressing = self.running.as_ref().is_some_and(|(running, _)| running == image);
+        holders.saturating_sub(usize::from(compressing))
+    }
+
+    /// Ends the compression of an image, if it runs.
+    fn call_off(&self, image: &str) {
+        if let Some((running, cancel)) = &self.running
+            && running == image
+        {
+            cancel.store(true, Ordering::Release);
+        }
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// See the module.
@@ -190,7 +150,7 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Leaves the image held: a row does now, and [`Vault::release`] will say when it does no more.
+    /// Leaves the image held: a row does now, and [`Vault::forget`] will say when it does no more.
     pub(crate) fn keep(mut self) {
         self.kept = true;
     }
@@ -205,20 +165,27 @@ impl Drop for Hold {
 }
 
 fn release(state: &Mutex<State>, released: &Notify, image: &str) {
-    let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(count) = state.holders.get_mut(image) {
-        *count -= 1;
-        if *count == 0 {
+    let mut state = lock(state);
+    let Some(count) = state.holders.get_mut(image) else {
+        return;
+    };
+    *count -= 1;
+    match *count {
+        0 => {
             state.holders.remove(image);
             state.jobs.remove(image);
+            state.released.extend(parse(image).ok());
             released.notify_one();
         }
+        // It may be that only whoever compresses it is left.
+        1 => state.call_off(image),
+        _ => {}
     }
 }
 
 /// Images that somebody holds.
 fn live(state: &Mutex<State>) -> Result<HashSet<MemoryId>, EngineError> {
-    let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+    let state = lock(state);
     state.holders.keys().map(|image| parse(image)).collect()
 }
 
@@ -241,8 +208,8 @@ impl Vault {
         })
     }
 
-    fn locked(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
 
     /// Keeps an image as long as the hold lives.
@@ -254,11 +221,6 @@ impl Vault {
             image: image.to_owned(),
             kept: false,
         }
-    }
-
-    /// Gives back what [`Hold::keep`] kept.
-    pub(crate) fn release(&self, image: &str) {
-        release(&self.state, &self.released, image);
     }
 
     /// Makes an image of guest memory: of what differs from its lineage, where that is still there.
@@ -289,7 +251,7 @@ impl Vault {
         Ok(Kept {
             image: id.to_string(),
             digest: captured.digest.to_hex().to_string(),
-            stored_bytes: captured.stored_bytes,
+            content_bytes: captured.content_bytes,
             hold,
         })
     }
@@ -311,71 +273,6 @@ impl Vault {
         blocking(move || Ok((store.can_be_mapped(id)?, store.digest(id)?.to_hex().to_string()))).await
     }
 
-    /// Asks for an image to be compressed, as its record says; `snapshot` is the one that says so.
-    pub(crate) fn want(&self, memory: &MemoryRecord, not_before: Option<Timestamp>, snapshot: Option<&str>) {
-        let CompressionChoice::On { algorithm, level } = memory.compression else {
-            return;
-        };
-        let mut state = self.locked();
-        if state.framed.contains_key(&memory.image) {
-            return;
-        }
-        let codec = match algorithm {
-            Algorithm::Zstd => Codec::Zstd(level.into()),
-            Algorithm::Lz4 => Codec::Lz4(level.into()),
-        };
-        let mut snapshots = match state.jobs.remove(&memory.image) {
-            Some(former) => former.snapshots,
-            None => Vec::new(),
-        };
-        snapshots.extend(snapshot.map(str::to_owned));
-        state.jobs.insert(
-            memory.image.clone(),
-            Job {
-                codec,
-                not_before,
-                failure: None,
-                snapshots,
-            },
-        );
-        self.wanted.notify_one();
-    }
-
-    /// Which forms of an image there are now.
-    pub(crate) fn state(&self, image: &str) -> CompressionState {
-        let state = self.locked();
-        if let Some(bytes) = state.framed.get(image) {
-            return CompressionState::Compressed { bytes: *bytes };
-        }
-        match state.jobs.get(image) {
-            None => CompressionState::None,
-            Some(Job {
-                failure: Some(reason),
-                ..
-            }) => CompressionState::Error {
-                reason: reason.clone(),
-            },
-            Some(job) if job.not_before.is_some_and(|start| start > Timestamp::now()) => {
-                CompressionState::None
-            }
-            Some(_) => CompressionState::Compressing,
-        }
-    }
-
-    /// Learns which images are framed already. Part of the start.
-    pub(crate) fn learn(&self, image: &str) {
-        let forms = parse(image).and_then(|id| Ok(self.store.forms(id)?));
-        match forms {
-            Ok(forms) => {
-                if let Some(bytes) = forms.framed {
-                    self.locked().framed.insert(image.to_owned(), bytes);
-                }
-            }
-            // Whoever restores from it is told; the others must not suffer for it.
-            Err(error) => tracing::error!(image, %error, "a memory image can't be read"),
-        }
-    }
-
     /// The store itself, for reading.
     pub(crate) fn store(&self) -> &MemoryStore {
         &self.store
@@ -385,7 +282,7 @@ impl Vault {
     pub(crate) fn usage(&self, image: &str) -> Result<SnapshotUsage, EngineError> {
         let id = parse(image)?;
         let usage = self.store.usage(&id, &live(&self.state)?)?;
-        let held_by_others = self.locked().holders.get(image).copied().unwrap_or_default() > 1;
+        let held_by_others = self.locked().owners(image) > 1;
         Ok(SnapshotUsage {
             own_bytes: if held_by_others { 0 } else { usage.own },
             shared_bytes: usage.shared + if held_by_others { usage.own } else { 0 },
@@ -414,101 +311,25 @@ impl Vault {
             // What is captured from here on is spared until we hold it.
             let sweep = store.begin_sweep()?;
             sweep.finish(&live(&state)?)?;
+            forget_swept(&store, &state);
             Ok(())
         })
         .await
     }
+}
 
-    /// Compresses what is wanted, one image at a time, until the server closes.
-    pub(crate) async fn compress_forever(&self, events: &Events) {
-        let cancel = Arc::new(AtomicBool::new(false));
-        loop {
-            let (next, wait) = self.next_job();
-            let Some((image, job)) = next else {
-                tokio::select! {
-                    () = self.closing.cancelled() => return,
-                    () = self.wanted.notified() => {}
-                    () = tokio::time::sleep(wait) => {}
-                }
-                continue;
-            };
-            let working = self.compress(&image, job.codec, Arc::clone(&cancel));
-            tokio::pin!(working);
-            tokio::select! {
-                () = self.closing.cancelled() => {
-                    cancel.store(true, Ordering::Release);
-                    working.await;
-                    return;
-                }
-                () = &mut working => {}
-            }
-            let outcome = match self.state(&image) {
-                CompressionState::Compressed { .. } => "compressed",
-                _ => "error",
-            };
-            for snapshot in &job.snapshots {
-                events.publish(EventKind::Snapshot, snapshot, outcome);
-            }
-        }
-    }
-
-    /// A job that is due, or how long until one may be.
-    fn next_job(&self) -> (Option<(String, Job)>, Duration) {
-        let now = Timestamp::now();
-        let state = self.locked();
-        let due = |job: &Job| job.not_before.is_none_or(|start| start <= now);
-        if let Some((image, job)) = state.jobs.iter().find(|(_, job)| due(job)) {
-            return (Some((image.clone(), job.clone())), Duration::ZERO);
-        }
-        let soonest = state.jobs.values().filter_map(|job| job.not_before).min();
-        let wait = soonest.map_or(Duration::from_secs(3600), |start| {
-            let milliseconds = start.as_millisecond() - now.as_millisecond();
-            Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0) + 1)
-        });
-        (None, wait)
-    }
-
-    async fn compress(&self, image: &str, codec: Codec, cancel: Arc<AtomicBool>) {
-        // Not swept from under the job.
-        let _hold = self.hold(image);
-        let (store, watched) = (self.store.clone(), Arc::clone(&cancel));
-        let outcome = match parse(image) {
-            Ok(id) => {
-                blocking(move || {
-                    let compressed = store.compress(&id, codec, &watched, &|_, _| {})?;
-                    faults::point("compress.framed");
-                    // Machines that map the raw form keep it through the kernel; one that is about to needs its name.
-                    let dropped = match store.drop_raw(id) {
-                        Ok(()) => true,
-                        Err(hypeman_snapshots::Error::Busy(_)) => false,
-                        Err(error) => return Err(error.into()),
-                    };
-                    faults::point("compress.dropped");
-                    Ok((compressed.bytes, dropped))
-                })
-                .await
-            }
-            Err(error) => Err(error),
-        };
-        let mut state = self.locked();
-        match outcome {
-            Ok((bytes, dropped)) => {
-                state.framed.insert(image.to_owned(), bytes);
-                if dropped {
-                    state.jobs.remove(image);
-                } else if let Some(job) = state.jobs.get_mut(image) {
-                    job.snapshots.clear();
-                    job.not_before = Timestamp::now().checked_add(DROP_RETRY).ok();
-                }
-            }
-            Err(_) if cancel.load(Ordering::Acquire) => {}
-            Err(error) => {
-                tracing::warn!(image, %error, "not compressed; tried again later");
-                if let Some(job) = state.jobs.get_mut(image) {
-                    job.failure = Some(error.to_string());
-                    job.not_before = Timestamp::now().checked_add(RETRY).ok();
-                }
-            }
+/// Forgets what is gone of what nobody holds, and of what that was built on.
+fn forget_swept(store: &MemoryStore, state: &Mutex<State>) {
+    let mut open: Vec<MemoryId> = lock(state).released.drain().collect();
+    while let Some(id) = open.pop() {
+        let there = store.contains(id);
+        let mut state = lock(state);
+        if there {
+            // Others are built on it.
+            state.released.insert(id);
+        } else {
+            state.drops.remove(&id);
+            open.extend(state.forms.remove(id));
         }
     }
 }

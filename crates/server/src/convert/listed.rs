@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use super::instance::hypervisor_to_api;
-use super::snapshot::{compression_to_api, kind_to_api, signed};
+use super::snapshot::{compression_of, kind_to_api, signed};
 
 /// Bytes after which a piece ends.
 const PIECE: usize = 128 << 10;
@@ -84,16 +84,14 @@ impl<'a> Written<'a> {
             source_hypervisor: hypervisor_to_api(summary.source_hypervisor),
             created_at: summary.created_at,
             size_bytes: signed(summary.size_bytes),
-            compression: memory
-                .filter(|memory| memory.compression.is_on())
-                .map(|memory| compression_to_api(memory.compression)),
+            compression: memory.and_then(|memory| compression_of(memory.compression, &listed.compression)),
             compression_state: memory.map(|_| state),
             compression_error: match &listed.compression {
                 CompressionState::Error { reason } => Some(reason),
                 _ => None,
             },
             compressed_size_bytes: match listed.compression {
-                CompressionState::Compressed { bytes } => Some(signed(bytes)),
+                CompressionState::Compressed { bytes, .. } => Some(signed(bytes)),
                 _ => None,
             },
             uncompressed_size_bytes: memory.map(|memory| signed(memory.bytes)),
@@ -136,6 +134,7 @@ pub fn pieces(snapshots: Vec<ListedSnapshot>) -> impl Iterator<Item = serde_json
 mod tests {
     use std::sync::Arc;
 
+    use hypeman_core::snapshot::Algorithm;
     use hypeman_engine::SnapshotSummary;
     use serde_json::{Value, json};
 
@@ -164,12 +163,17 @@ mod tests {
     fn every_state() -> Vec<(ListedSnapshot, api::Snapshot)> {
         let memory = |compression: Value| json!({"image": "m", "bytes": 4096, "compression": compression, "agent_key": ""});
         let on = || memory(json!({"On": {"algorithm": "lz4", "level": 3}}));
+        let done = |algorithm| CompressionState::Compressed {
+            bytes: 1024,
+            algorithm,
+        };
         let reason = "no space left on \"device\"".to_owned();
         vec![
             both(Value::Null, CompressionState::None),
             both(memory(json!("Off")), CompressionState::None),
             both(on(), CompressionState::Compressing),
-            both(on(), CompressionState::Compressed { bytes: 1024 }),
+            both(on(), done(Some(Algorithm::Lz4))),
+            both(on(), done(Some(Algorithm::Zstd))),
             both(on(), CompressionState::Error { reason }),
         ]
     }

@@ -13,7 +13,7 @@ use hypeman_core::snapshot::{
 use hypeman_core::{InvalidValue, duration, name, schedule, tags};
 use hypeman_engine::{
     CompressionState, ForkRequest, RestoreRequest, ScheduleRecord, ScheduleRequest, SnapshotFilter,
-    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyProgress,
+    SnapshotRecord, SnapshotRequest, SnapshotUsage, StandbyRequest, VerifyOutcome, VerifyProgress,
 };
 
 use super::instance::{hypervisor_to_api, hypervisor_to_engine};
@@ -30,7 +30,7 @@ pub fn to_api(record: &SnapshotRecord) -> api::Snapshot {
         None => (None, None, None),
         Some(CompressionState::None) => (Some(api::SnapshotCompressionState::None), None, None),
         Some(CompressionState::Compressing) => (Some(api::SnapshotCompressionState::Compressing), None, None),
-        Some(CompressionState::Compressed { bytes }) => {
+        Some(CompressionState::Compressed { bytes, .. }) => {
             let compressed = api::SnapshotCompressionState::Compressed;
             (Some(compressed), None, Some(signed(*bytes)))
         }
@@ -49,9 +49,7 @@ pub fn to_api(record: &SnapshotRecord) -> api::Snapshot {
         source_hypervisor: hypervisor_to_api(record.source.hypervisor),
         created_at: record.created_at,
         size_bytes: signed(record.size_bytes),
-        compression: memory
-            .filter(|memory| memory.compression.is_on())
-            .map(|memory| compression_to_api(memory.compression)),
+        compression: memory.and_then(|memory| compression_of(memory.compression, &memory.state)),
         compression_state: state,
         compression_error: error,
         compressed_size_bytes: compressed,
@@ -86,6 +84,39 @@ fn target_to_core(target: api::SnapshotTargetState) -> InstanceState {
     }
 }
 
+fn algorithm_to_api(algorithm: Algorithm) -> CompressionAlgorithm {
+    match algorithm {
+        Algorithm::Zstd => CompressionAlgorithm::Zstd,
+        Algorithm::Lz4 => CompressionAlgorithm::Lz4,
+    }
+}
+
+/// The compression of captured memory, where it is wanted. Snapshots that share memory share its compression: once it
+/// is done, what was done is told.
+pub(super) fn compression_of(
+    choice: CompressionChoice,
+    state: &CompressionState,
+) -> Option<SnapshotCompressionConfig> {
+    let CompressionChoice::On {
+        algorithm: wanted, ..
+    } = choice
+    else {
+        return None;
+    };
+    let mut told = compression_to_api(choice);
+    if let CompressionState::Compressed {
+        algorithm: Some(used),
+        ..
+    } = state
+        && *used != wanted
+    {
+        told.algorithm = Some(algorithm_to_api(*used));
+        // The level of another's wish is not kept.
+        told.level = None;
+    }
+    Some(told)
+}
+
 pub(super) fn compression_to_api(choice: CompressionChoice) -> SnapshotCompressionConfig {
     match choice {
         CompressionChoice::Off => SnapshotCompressionConfig {
@@ -95,10 +126,7 @@ pub(super) fn compression_to_api(choice: CompressionChoice) -> SnapshotCompressi
         },
         CompressionChoice::On { algorithm, level } => SnapshotCompressionConfig {
             enabled: true,
-            algorithm: Some(match algorithm {
-                Algorithm::Zstd => CompressionAlgorithm::Zstd,
-                Algorithm::Lz4 => CompressionAlgorithm::Lz4,
-            }),
+            algorithm: Some(algorithm_to_api(algorithm)),
             level: Some(i32::from(level)),
         },
     }
@@ -285,16 +313,31 @@ pub fn usage_to_api(usage: SnapshotUsage) -> api::SnapshotUsage {
 /// How far a verification is. It is only judged when it is over.
 #[must_use]
 pub fn verification_to_api(progress: VerifyProgress) -> api::SnapshotVerification {
-    let state = match (progress.done, &progress.damage) {
-        (false, _) => api::VerificationState::Running,
-        (true, None) => api::VerificationState::Intact,
-        (true, Some(_)) => api::VerificationState::Damaged,
+    use api::VerificationState as State;
+    let (mut damage, mut error, mut unchecked) = (None, None, None);
+    let state = match progress.outcome {
+        None => State::Running,
+        Some(VerifyOutcome::Intact { unchecked: part }) => {
+            unchecked = part;
+            State::Intact
+        }
+        Some(VerifyOutcome::Damaged(part)) => {
+            damage = Some(part);
+            State::Damaged
+        }
+        Some(VerifyOutcome::Unreadable(reason)) => {
+            error = Some(reason);
+            State::Unreadable
+        }
+        Some(VerifyOutcome::Cancelled) => State::Cancelled,
     };
     api::SnapshotVerification {
         state,
         verified_bytes: signed(progress.verified_bytes),
         total_bytes: signed(progress.total_bytes),
-        damage: progress.damage,
+        damage,
+        error,
+        unchecked,
     }
 }
 
@@ -400,9 +443,21 @@ pub(super) mod tests {
             json!({"enabled": true, "algorithm": "zstd", "level": 3})
         );
         assert_eq!(compressing.get("compressed_size_bytes"), None);
-        let compressed = shown(memory(&on), CompressionState::Compressed { bytes: 1024 });
+        let done = |algorithm| CompressionState::Compressed {
+            bytes: 1024,
+            algorithm,
+        };
+        let compressed = shown(memory(&on), done(Some(Algorithm::Zstd)));
         assert_eq!(compressed["compression_state"], "compressed");
         assert_eq!(compressed["compressed_size_bytes"], 1024);
+        assert_eq!(compressed["compression"]["level"], 3);
+        // Another snapshot of the same memory was faster.
+        let shared = shown(memory(&on), done(Some(Algorithm::Lz4)));
+        assert_eq!(
+            shared["compression"],
+            json!({"enabled": true, "algorithm": "lz4"})
+        );
+        assert_eq!(shown(memory(&on), done(None))["compression"]["algorithm"], "zstd");
         let reason = "no space left on device".to_owned();
         let failed = shown(memory(&on), CompressionState::Error { reason });
         assert_eq!(failed["compression_state"], "error");
@@ -549,17 +604,39 @@ pub(super) mod tests {
 
     #[test]
     fn a_verification_is_judged_when_it_is_over() {
-        let at = |done, damage: Option<&str>| {
+        let at = |outcome| {
             verification_to_api(VerifyProgress {
                 verified_bytes: 1,
                 total_bytes: 2,
-                done,
-                damage: damage.map(str::to_owned),
+                outcome,
             })
-            .state
         };
-        assert_eq!(at(false, None), api::VerificationState::Running);
-        assert_eq!(at(true, None), api::VerificationState::Intact);
-        assert_eq!(at(true, Some("frame 3")), api::VerificationState::Damaged);
+        let named = |part: &str| Some(part.to_owned());
+        assert_eq!(at(None).state, api::VerificationState::Running);
+        let intact = VerifyOutcome::Intact {
+            unchecked: named("the root disk"),
+        };
+        let intact = at(Some(intact));
+        assert_eq!(
+            (intact.state, intact.damage, intact.unchecked),
+            (api::VerificationState::Intact, None, named("the root disk"))
+        );
+        let damaged = at(Some(VerifyOutcome::Damaged("frame 3".into())));
+        assert_eq!(
+            (damaged.state, damaged.damage),
+            (api::VerificationState::Damaged, named("frame 3"))
+        );
+        // A disk that fails is no proof against what lies on it.
+        let unreadable = at(Some(VerifyOutcome::Unreadable("input/output error".into())));
+        assert_eq!(
+            (unreadable.state, unreadable.damage, unreadable.error),
+            (
+                api::VerificationState::Unreadable,
+                None,
+                named("input/output error")
+            )
+        );
+        let cancelled = at(Some(VerifyOutcome::Cancelled));
+        assert_eq!(cancelled.state, api::VerificationState::Cancelled);
     }
 }

@@ -50,7 +50,7 @@ async fn result(
             () = state.reached(Stage::Draining) => return Err(EngineError::ShuttingDown.into()),
         };
         match next {
-            Some(last) if last.done => return Ok(convert::verification_to_api(last)),
+            Some(last) if last.outcome.is_some() => return Ok(convert::verification_to_api(last)),
             Some(_) => {}
             None => return Err(ApiError::internal(&"a verification ended without a result")),
         }

@@ -35,6 +35,13 @@ pub(super) async fn run(context: &Context, arguments: &VerifyArgs) -> Result<(),
             if !context.output.human() {
                 context.output.machine(&result)?;
             }
+            if result.text("state") != Some("damaged") {
+                let reason = result.text("error").unwrap_or("it was ended early");
+                return Err(CliError::failed_with(
+                    format!("{snapshot} was not read to its end: {reason}"),
+                    "nothing is known of it: look at the server's log and the disk that holds it, and try again",
+                ));
+            }
             let damage = result.text("damage").unwrap_or("a part is not what was stored");
             return Err(CliError::failed_with(
                 format!("{snapshot} is damaged: {damage}"),
@@ -46,7 +53,9 @@ pub(super) async fn run(context: &Context, arguments: &VerifyArgs) -> Result<(),
                 return String::new();
             }
             let read = super::bytes(&result, "verified_bytes").unwrap_or_default();
-            format!("{} is intact: {read} read\n", output::clean(snapshot))
+            let unchecked = result.text("unchecked").map(output::clean);
+            let unchecked = unchecked.map(|part| format!("not checked: {part}\n")).unwrap_or_default();
+            format!("{} is intact: {read} read\n{unchecked}", output::clean(snapshot))
         })
     })
     .await

@@ -1,6 +1,13 @@
 //! Memory is kept while sweeps go on beside it.
 
+use std::os::unix::fs::FileExt;
+
+use hypeman_snapshots::Codec;
+
+use super::frozen::Content;
 use super::*;
+use crate::events::Events;
+use crate::instances::Table;
 
 const PAGE: u64 = 4096;
 const MEMORY: u64 = 1 << 20;
@@ -41,4 +48,33 @@ async fn a_capture_is_not_built_upon_what_a_sweep_removes() {
         let laid_out = vault.materialize(&kept.image).await.unwrap();
         assert_eq!(laid_out.digest(), kept.digest);
     }
+}
+
+#[tokio::test]
+async fn a_raw_form_that_a_crash_left_beside_the_frames_is_dropped() {
+    let directory = tempfile::tempdir().unwrap();
+    let closing = CancellationToken::new();
+    let vault = Vault::open(directory.path().join("memory"), closing.clone()).unwrap();
+    let kept = vault.keep(MEMORY, Lineage::default(), memory(0)).await.unwrap();
+    let id = parse(&kept.image).unwrap();
+    let never = AtomicBool::new(false);
+    vault
+        .store
+        .compress(&id, Codec::Zstd(1), &never, &|_, _| {})
+        .unwrap();
+    vault.learn(&kept.image);
+    let (events, table) = (Events::new(closing).unwrap(), Table::default());
+    let gone = async {
+        while vault.store.outline(id).unwrap().raw {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        () = vault.compress_forever(&events, &table) => panic!("the server does not close"),
+        () = gone => {}
+    }
+    assert_eq!(
+        vault.materialize(&kept.image).await.unwrap().digest(),
+        kept.digest
+    );
 }
