@@ -370,7 +370,9 @@ async fn an_image_is_pulled_from_another_registry() {
 #[tokio::test]
 async fn a_registry_that_docker_knows_is_pulled_from_with_dockers_credentials() {
     let upstream = Server::start().await;
-    let name = upstream.push(&small(b"known"), "library/known", "1").await;
+    let name = upstream
+        .push(&small(b"known").build(), "library/known", "1")
+        .await;
     let home = tempfile::tempdir().unwrap();
     let server = Server::start_with(ServerOptions {
         environment: vec![("HOME".to_owned(), home.path().to_string_lossy().into_owned())],

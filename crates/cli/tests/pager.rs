@@ -88,7 +88,6 @@ impl Place {
             image: self.image,
             memory_bytes: (PAGES * PAGE_BYTES) as u64,
             socket: self.path(&format!("{machine}.sock")),
-            owner: None,
             overlay: Vec::new(),
             working_set: false,
         }

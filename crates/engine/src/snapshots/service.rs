@@ -307,7 +307,7 @@ fn new_id() -> Result<String, EngineError> {
 
 /// What a snapshot is to become, if it can.
 async fn target(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     record: &SnapshotRecord,
     state: Option<InstanceState>,
     hypervisor: Option<hypeman_vmm::VmmKind>,
