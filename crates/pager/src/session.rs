@@ -51,11 +51,18 @@ impl From<std::io::Error> for End {
 /// Runs a machine until its VMM has ended or needs us no more. Says everything but that it is gone.
 pub(crate) fn run(machine: &Arc<Machine>, listener: UnixListener) {
     let accepted = accept(machine, &listener);
+    let checked = match &accepted {
+        Ok(Some(stream)) => handshake::check_user(stream, &machine.socket),
+        _ => Ok(()),
+    };
     // One VMM, once: from here on nobody else can connect.
     drop(listener);
     let _ = std::fs::remove_file(&machine.socket);
     let end = match &accepted {
-        Ok(Some(stream)) => connected(machine, stream),
+        Ok(Some(stream)) => match checked {
+            Ok(()) => connected(machine, stream),
+            Err(error) => error.into(),
+        },
         Ok(None) => End::Gone,
         Err(error) => End::Failed {
             reason: format!("nobody can connect: {error}"),
@@ -109,9 +116,8 @@ fn accept(machine: &Machine, listener: &UnixListener) -> std::io::Result<Option<
 }
 
 fn connected(machine: &Arc<Machine>, stream: &UnixStream) -> End {
-    let checked = handshake::check_user(stream, &machine.socket)
-        .and_then(|()| handshake::receive(stream, machine.image.reader().memory_bytes()));
-    let (uffd, regions) = match checked {
+    let received = handshake::receive(stream, machine.image.reader().memory_bytes());
+    let (uffd, regions) = match received {
         Ok(link) => link,
         Err(error) => return error.into(),
     };
