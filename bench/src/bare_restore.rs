@@ -12,11 +12,9 @@ use hypeman_guest_api::host::{ExecOutput, GuestClient};
 use hypeman_guest_api::{AgentKey, ExecRequest};
 use hypeman_store::{Store, StoreError};
 use hypeman_vmm::{
-    AgentChannel, Disk, Machine, MachineSpec, MemoryBacking, Restore, StateIdentity, Vmm, VmmKind,
-    VmmOptions, Vmms,
+    Disk, Machine, MachineSpec, MemoryBacking, Restore, StateIdentity, Vmm, VmmKind, VmmOptions, Vmms,
 };
 use serde_json::Value;
-use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use crate::error::{BenchError, Result};
@@ -204,13 +202,22 @@ async fn wake(
         .await
         .map_err(|error| failed(&error))?;
     machine.resume().await.map_err(|error| failed(&error))?;
-    let AgentChannel::SerialSocket(path) = machine.agent_channel() else {
-        return Err(BenchError::Missing("no bare reference for this agent".into()));
+    let channel = machine.agent_channel();
+    let began = Instant::now();
+    // A vsock device of a machine that has just gone on refuses for a moment.
+    let client = loop {
+        let attempt = async {
+            let stream = channel.connect().await?;
+            GuestClient::connect(stream, Some(key), PATIENCE)
+                .await
+                .map_err(std::io::Error::other)
+        };
+        match attempt.await {
+            Ok((client, _events)) => break client,
+            Err(error) if began.elapsed() > PATIENCE => return Err(failed(&error)),
+            Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
     };
-    let stream = UnixStream::connect(path).await.map_err(|error| failed(&error))?;
-    let (client, _events) = GuestClient::connect(stream, Some(key), PATIENCE)
-        .await
-        .map_err(|error| failed(&error))?;
     // It was captured with its workload held still.
     client.thaw().await.map_err(|error| failed(&error))?;
     let request = ExecRequest {

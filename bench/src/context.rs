@@ -13,6 +13,8 @@ pub struct Context {
     pub kernel: Option<PathBuf>,
     /// Its modules, where the server does not find them itself.
     pub modules: Option<PathBuf>,
+    /// Kind of hypervisor of the guests that are captured and restored.
+    pub hypervisor: String,
     /// Fewer repetitions: for a look, not for a record.
     pub quick: bool,
 }

@@ -112,7 +112,7 @@ pub fn boot(
     shape: Shape,
     content: &Content,
 ) -> Result<String> {
-    let mut body = small_instance(name, image, "qemu");
+    let mut body = small_instance(name, image, server.hypervisor());
     body["size"] = json!(format!("{}MB", shape.memory));
     let id = create_running(api, &body)?;
     remote::run(server, &id, &["/bin/busybox", "true"], &[])?;

@@ -77,6 +77,9 @@ struct Outer {
     /// Directory with the modules of that kernel
     #[arg(long)]
     modules: Option<PathBuf>,
+    /// What runs the guests of restore, fork, capture and scaling; one that needs KVM is trusted to run here
+    #[arg(long, default_value = "qemu")]
+    hypervisor: String,
     /// Where bench.json and the pictures go
     #[arg(long, default_value = "target")]
     out: PathBuf,
@@ -131,6 +134,7 @@ fn run(arguments: &Outer) -> Result<ExitCode> {
         hypeman: arguments.hypeman.clone(),
         kernel: arguments.kernel.clone(),
         modules: arguments.modules.clone(),
+        hypervisor: arguments.hypervisor.clone(),
         quick: arguments.quick,
     };
     server::clean_up_when_interrupted()?;

@@ -33,6 +33,7 @@ pub struct Server {
     hypeman: PathBuf,
     data: tempfile::TempDir,
     environment: Vec<(String, String)>,
+    hypervisor: String,
 }
 
 impl Server {
@@ -78,7 +79,17 @@ impl Server {
                     .map(|path| (key.to_owned(), path.display().to_string())),
             );
         }
-        Self::launch(context.hypeman.clone(), data, environment)
+        if !context.hypervisor.starts_with("qemu") {
+            environment.push(("HYPERVISOR__TRUST_KVM".to_owned(), "true".to_owned()));
+        }
+        let mut server = Self::launch(context.hypeman.clone(), data, environment)?;
+        server.hypervisor.clone_from(&context.hypervisor);
+        Ok(server)
+    }
+
+    /// Kind of hypervisor of guests that are captured and restored.
+    pub fn hypervisor(&self) -> &str {
+        &self.hypervisor
     }
 
     fn launch(hypeman: PathBuf, data: tempfile::TempDir, environment: Vec<(String, String)>) -> Result<Self> {
@@ -111,6 +122,7 @@ impl Server {
             hypeman,
             data,
             environment,
+            hypervisor: "qemu".to_owned(),
         };
         server.wait_until_up()?;
         server.token = server.mint()?;

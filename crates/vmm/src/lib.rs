@@ -38,6 +38,5 @@ pub use machine::{
 pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};
 pub use registry::{VmmOptions, Vmms};
-pub use socket::connect_to_vmm;
 pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, MemoryBacking, Nic};
 pub use workload_log::WorkloadLog;

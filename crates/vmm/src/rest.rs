@@ -15,8 +15,9 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
+use crate::VmmError;
 use crate::process::ProcessHandle;
-use crate::{VmmError, connect_to_vmm};
+use crate::socket::connect_to_vmm;
 
 /// How long a call may take that does its work at once.
 pub(crate) const CALL_DEADLINE: Duration = Duration::from_secs(10);

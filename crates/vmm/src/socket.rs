@@ -1,4 +1,4 @@
-//! Sockets of VMMs: waiting for one that a starting VMM makes by itself, and connecting to nothing else.
+//! Sockets of VMMs: waiting for one that a starting VMM makes by itself, the way to the guest, and no way elsewhere.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -6,10 +6,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::Mode;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use crate::own_directory::hold_socket;
-use crate::{VmmError, files::io_error};
+use crate::{AgentChannel, VmmError, files::io_error};
 
 /// The first pause; a VMM that takes longer is looked at less often.
 const SOON: Duration = Duration::from_micros(500);
@@ -19,9 +20,35 @@ const SELDOM: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// Nobody listens, or there is no socket.
-pub async fn connect_to_vmm(socket: &Path) -> io::Result<UnixStream> {
+pub(crate) async fn connect_to_vmm(socket: &Path) -> io::Result<UnixStream> {
     let held = hold_socket(socket)?;
     UnixStream::connect(format!("/proc/self/fd/{}", held.as_raw_fd())).await
+}
+
+impl AgentChannel {
+    /// Connects to the guest's agent, as far as the VMM goes.
+    ///
+    /// # Errors
+    /// The VMM does not listen, or nobody in the guest does.
+    pub async fn connect(&self) -> io::Result<UnixStream> {
+        match self {
+            Self::SerialSocket(path) => UnixStream::connect(path).await,
+            Self::VsockSocket { path, port } => {
+                let mut stream = connect_to_vmm(path).await?;
+                stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+                // `OK <port>\n`, read bytewise so that nothing behind it is swallowed.
+                let mut answer = Vec::new();
+                while answer.last() != Some(&b'\n') && answer.len() < 64 {
+                    answer.push(stream.read_u8().await?);
+                }
+                if answer.starts_with(b"OK ") {
+                    Ok(stream)
+                } else {
+                    Err(io::ErrorKind::ConnectionRefused.into())
+                }
+            }
+        }
+    }
 }
 
 /// Lets a VMM with a user of its own connect to our socket. Only the VMM and we can enter the directory.

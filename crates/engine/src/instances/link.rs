@@ -20,8 +20,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hypeman_guest_api::host::{GuestClient, GuestEvents};
 use hypeman_guest_api::{AgentKey, ChannelError, GuestConfig, GuestEvent, InitMode, Reconfiguration};
 use hypeman_vmm::{AgentChannel, Machine};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -200,7 +198,7 @@ impl Guest {
         if let Some(port) = &mut self.port {
             port.mark_unchanged();
         }
-        let stream = match open(&self.channel).await {
+        let stream = match self.channel.connect().await {
             Ok(stream) => stream,
             Err(error) => return lost(false, error),
         };
@@ -351,24 +349,4 @@ fn now_unix_nanos() -> i128 {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |elapsed| elapsed.as_nanos());
     i128::try_from(now).unwrap_or(i128::MAX)
-}
-
-async fn open(channel: &AgentChannel) -> io::Result<UnixStream> {
-    match channel {
-        AgentChannel::SerialSocket(path) => UnixStream::connect(path).await,
-        AgentChannel::VsockSocket { path, port } => {
-            let mut stream = hypeman_vmm::connect_to_vmm(path).await?;
-            stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
-            // `OK <port>\n`, read bytewise so that nothing behind it is swallowed.
-            let mut answer = Vec::new();
-            while answer.last() != Some(&b'\n') && answer.len() < 64 {
-                answer.push(stream.read_u8().await?);
-            }
-            if answer.starts_with(b"OK ") {
-                Ok(stream)
-            } else {
-                Err(io::ErrorKind::ConnectionRefused.into())
-            }
-        }
-    }
 }
