@@ -51,23 +51,42 @@ pub fn kvm_kernel() -> Option<PathBuf> {
 /// The hypervisors that a matrix runs over. Tells which ones this host does not offer.
 #[must_use]
 pub fn hypervisors() -> Vec<&'static str> {
-    let mut offered = vec!["qemu", "qemu-microvm"];
-    for kind in ["cloud-hypervisor", "firecracker"] {
-        if !have(kind) {
-            eprintln!("SKIPPED: on {kind}: it is not on the path");
-        } else if kvm_kernel().is_none() {
-            eprintln!(
-                "SKIPPED: on {kind}: no guest kernel is named that runs with this host's KVM (HYPEMAN_TEST_KVM_KERNEL)"
-            );
-        } else {
-            offered.push(kind);
-        }
-    }
+    let kinds = ["qemu", "qemu-microvm", "cloud-hypervisor", "firecracker"];
     // One of them alone, to look closer.
-    if let Ok(only) = std::env::var("HYPEMAN_TEST_HYPERVISOR") {
-        offered.retain(|kind| *kind == only);
+    let only = chosen_hypervisor();
+    kinds
+        .into_iter()
+        .filter(|kind| only.as_deref().is_none_or(|only| only == *kind))
+        .filter(|kind| offers(kind))
+        .collect()
+}
+
+/// The hypervisor of stories that do not care: `HYPEMAN_TEST_HYPERVISOR`, or QEMU.
+#[must_use]
+pub fn any_hypervisor() -> String {
+    chosen_hypervisor().unwrap_or_else(|| "qemu".to_owned())
+}
+
+fn chosen_hypervisor() -> Option<String> {
+    std::env::var("HYPEMAN_TEST_HYPERVISOR").ok()
+}
+
+/// Whether this host offers a kind of hypervisor; tells why not.
+#[must_use]
+pub fn offers(kind: &str) -> bool {
+    if kind.starts_with("qemu") {
+        true
+    } else if !have(kind) {
+        eprintln!("SKIPPED: on {kind}: it is not on the path");
+        false
+    } else if kvm_kernel().is_none() {
+        eprintln!(
+            "SKIPPED: on {kind}: no guest kernel is named that runs with this host's KVM (HYPEMAN_TEST_KVM_KERNEL)"
+        );
+        false
+    } else {
+        true
     }
-    offered
 }
 
 /// A small file system on a loop device, mounted; unmounted when dropped.

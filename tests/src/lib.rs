@@ -36,7 +36,9 @@ pub use command::{CommandLine, Finished};
 pub use copy::Entry;
 pub use exec::{ExecSession, Executed};
 pub use guest::Guest;
-pub use host::{LoopDisk, have, hypervisors, is_root, kernel, kvm_kernel, repository};
+pub use host::{
+    LoopDisk, any_hypervisor, have, hypervisors, is_root, kernel, kvm_kernel, offers, repository,
+};
 pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
 pub use processes::{VmmProcess, vmms_of};
 pub use server::{Server, ServerOptions};

@@ -306,7 +306,7 @@ fn write_configuration(
 ) -> PathBuf {
     let mut settings = json!({
         "listen_address": "127.0.0.1", "port": port.to_string(), "data_dir": data, "jwt_secret": SECRET,
-        "hypervisor": {"default": "qemu"},
+        "hypervisor": {"default": crate::any_hypervisor()},
     });
     if let Some(kernel) = crate::kernel() {
         settings["kernel"] = json!({"path": kernel});

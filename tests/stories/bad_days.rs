@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use hypeman_tests::{EventStream, Guest, ImageBuilder, Server, have, is_root, skip_unless};
+use hypeman_tests::{EventStream, Guest, ImageBuilder, Server, have, is_root, offers, skip_unless};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -39,6 +39,20 @@ async fn running_vms_survive_the_server_on_qemu() {
 #[tokio::test]
 async fn running_vms_survive_the_server_on_qemu_microvm() {
     running_vms_survive_the_server("qemu-microvm").await;
+}
+
+#[tokio::test]
+async fn running_vms_survive_the_server_on_cloud_hypervisor() {
+    if offers("cloud-hypervisor") {
+        running_vms_survive_the_server("cloud-hypervisor").await;
+    }
+}
+
+#[tokio::test]
+async fn running_vms_survive_the_server_on_firecracker() {
+    if offers("firecracker") {
+        running_vms_survive_the_server("firecracker").await;
+    }
 }
 
 #[tokio::test]
@@ -118,6 +132,20 @@ async fn an_agent_that_dies_alone_is_told_on_qemu() {
 #[tokio::test]
 async fn an_agent_that_dies_alone_is_told_on_qemu_microvm() {
     an_agent_that_dies_alone_is_told("qemu-microvm").await;
+}
+
+#[tokio::test]
+async fn an_agent_that_dies_alone_is_told_on_cloud_hypervisor() {
+    if offers("cloud-hypervisor") {
+        an_agent_that_dies_alone_is_told("cloud-hypervisor").await;
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_dies_alone_is_told_on_firecracker() {
+    if offers("firecracker") {
+        an_agent_that_dies_alone_is_told("firecracker").await;
+    }
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
-use hypeman_tests::{Client, Reply, Server, eventually, have, skip_unless};
+use hypeman_tests::{Client, Reply, Server, eventually, have, hypervisors, skip_unless};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -321,8 +321,9 @@ async fn clients_that_delete_what_others_fork_and_restore_break_nothing() {
     let mut server = Server::start().await;
     let image = server.busybox().await;
     let told = Arc::new(Mutex::new(Told::default()));
+    let offered = hypervisors();
     for number in 0..3 {
-        let hypervisor = if number == 0 { "qemu-microvm" } else { "qemu" };
+        let hypervisor = offered[number % offered.len()];
         let name = format!("source-{number}");
         let guest = counting(&server, &image, json!({"name": name, "hypervisor": hypervisor})).await;
         told.lock().unwrap().instances.push(guest.id);

@@ -1,6 +1,6 @@
 //! From an image to a VM, through all its calls, to nothing.
 
-use hypeman_tests::{ExecSession, ImageBuilder, Server, encode, have, skip_unless};
+use hypeman_tests::{ExecSession, ImageBuilder, Server, encode, have, offers, skip_unless};
 use serde_json::{Value, json};
 
 fn paths_with(directory: &std::path::Path, needle: &str) -> Vec<std::path::PathBuf> {
@@ -159,6 +159,20 @@ async fn an_image_becomes_a_vm_and_leaves_nothing_on_qemu() {
 #[tokio::test]
 async fn an_image_becomes_a_vm_and_leaves_nothing_on_qemu_microvm() {
     an_image_becomes_a_vm_and_leaves_nothing("qemu-microvm").await;
+}
+
+#[tokio::test]
+async fn an_image_becomes_a_vm_and_leaves_nothing_on_cloud_hypervisor() {
+    if offers("cloud-hypervisor") {
+        an_image_becomes_a_vm_and_leaves_nothing("cloud-hypervisor").await;
+    }
+}
+
+#[tokio::test]
+async fn an_image_becomes_a_vm_and_leaves_nothing_on_firecracker() {
+    if offers("firecracker") {
+        an_image_becomes_a_vm_and_leaves_nothing("firecracker").await;
+    }
 }
 
 #[tokio::test]

@@ -266,7 +266,12 @@ async fn a_stopped_snapshot_changes_the_hypervisor_and_a_standby_one_does_not() 
     let server = Server::start().await;
     let client = server.client();
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"name": "origin", "hypervisor": "qemu"})).await;
+    // From each that the host offers to each other one, in a ring.
+    let kinds = hypervisors();
+    let mut others: Vec<&str> = kinds[1..].to_vec();
+    others.push(kinds[0]);
+    let first = kinds[0];
+    let guest = counting(&server, &image, json!({"name": "origin", "hypervisor": first})).await;
     let path = format!("/instances/{}", guest.id);
     client
         .post(&format!("{path}/snapshots"), &json!({"kind": "Stopped"}))
@@ -318,24 +323,34 @@ async fn a_stopped_snapshot_changes_the_hypervisor_and_a_standby_one_does_not() 
         )
         .await
         .refused(400, "invalid_request");
-    assert_eq!(guest.inspect().await["hypervisor"], "qemu");
+    assert_eq!(guest.inspect().await["hypervisor"], first);
     let child = fork(client, &format!("/snapshots/{id}/fork"), json!({"name": "still"})).await;
     assert_eq!(child["state"], "Stopped", "{child}");
-    let body = json!({"name": "micro", "target_state": "Running", "target_hypervisor": "qemu-microvm"});
-    let child = fork(client, &format!("/snapshots/{id}/fork"), body).await;
-    assert_eq!(child["hypervisor"], "qemu-microvm", "{child}");
-    let micro = server.guest(child["id"].as_str().unwrap());
-    micro.wait_for("Running").await;
-    assert_eq!(micro.output("cat /root/note; hostname").await, "before\nmicro");
-    let body = json!({"target_state": "Running", "target_hypervisor": "qemu-microvm"});
-    let back = client
-        .post(&format!("{path}/snapshots/{id}/restore"), &body)
-        .await
-        .expect(200)
-        .json();
-    assert_eq!(back["hypervisor"], "qemu-microvm", "{back}");
-    guest.wait_for("Running").await;
-    assert_eq!(guest.output("cat /root/note").await, "before");
+    for kind in &others {
+        let name = format!("on-{kind}");
+        let body = json!({"name": name, "target_state": "Running", "target_hypervisor": kind});
+        let child = fork(client, &format!("/snapshots/{id}/fork"), body).await;
+        assert_eq!(child["hypervisor"], *kind, "{child}");
+        let child = server.guest(child["id"].as_str().unwrap());
+        child.wait_for("Running").await;
+        assert_eq!(
+            child.output("cat /root/note; hostname").await,
+            format!("before\n{name}")
+        );
+        child.delete().await;
+    }
+    for kind in &others {
+        let body = json!({"target_state": "Running", "target_hypervisor": kind});
+        let back = client
+            .post(&format!("{path}/snapshots/{id}/restore"), &body)
+            .await
+            .expect(200)
+            .json();
+        assert_eq!(back["hypervisor"], *kind, "{back}");
+        guest.wait_for("Running").await;
+        assert_eq!(guest.output("cat /root/note").await, "before");
+        guest.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Server, eventually, have, hypervisors, skip_unless};
+use futures::future::join_all;
+use hypeman_tests::{Guest, Server, eventually, have, hypervisors, skip_unless};
 use serde_json::{Value, json};
+
+use crate::snapshots::{counting, goes_on};
 
 const MANY: usize = 100;
 
@@ -71,6 +74,50 @@ async fn memory_and_disk_belong_to_one_instant() {
             }
         }
         guest.delete().await;
+    }
+}
+
+#[tokio::test]
+async fn twenty_five_restores_of_one_snapshot_at_once_are_all_alive() {
+    const AT_ONCE: usize = 25;
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let client = server.client();
+    let image = server.busybox().await;
+    for hypervisor in hypervisors() {
+        let guest = counting(
+            &server,
+            &image,
+            json!({"name": "origin", "hypervisor": hypervisor}),
+        )
+        .await;
+        let path = format!("/instances/{}/snapshots", guest.id);
+        let taken = client
+            .post(&path, &json!({"kind": "Standby"}))
+            .await
+            .expect(201)
+            .json();
+        guest.delete().await;
+        let snapshot = format!("/snapshots/{}", taken["id"].as_str().unwrap());
+        let forked = client
+            .post(
+                &format!("{snapshot}/fork"),
+                &json!({"name": "child", "count": AT_ONCE, "target_state": "Running"}),
+            )
+            .await
+            .expect(201)
+            .json();
+        let forks = forked["forks"].as_array().unwrap();
+        let children: Vec<Guest> = forks
+            .iter()
+            .map(|one| server.guest(one["instance"]["id"].as_str().unwrap_or_else(|| panic!("{one}"))))
+            .collect();
+        assert_eq!(children.len(), AT_ONCE);
+        join_all(children.iter().map(|child| goes_on(child, 1))).await;
+        assert_eq!(server.vmms().len(), AT_ONCE);
+        join_all(children.iter().map(Guest::delete)).await;
+        client.delete(&snapshot).await.expect(204);
+        assert_eq!(server.vmms(), vec![]);
     }
 }
 
