@@ -266,6 +266,77 @@ async fn fork_is_cut_at_each_step() {
 }
 
 #[tokio::test]
+async fn a_fork_of_a_running_guest_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let guest = counting(&server, json!({"name": "origin"})).await;
+    let before = paths(server.data_directory());
+    let path = format!("/instances/{}/fork", guest.id);
+    let body = json!({"name": "child", "from_running": true});
+    let taken = group("capture.").filter(|point| !point.contains("standby"));
+    for point in taken.chain(group("fork.")) {
+        let counted = count(&guest).await;
+        cut(&mut server, point, async |client| {
+            post(client, path.clone(), body.clone()).await;
+        })
+        .await;
+        let listed = server.client().get("/instances").await.expect(200).json();
+        for child in listed.as_array().unwrap() {
+            let child = server.guest(child["id"].as_str().unwrap());
+            if child.id != guest.id {
+                child.wait_for("Running").await;
+                assert_eq!(child.output("hostname").await, "child", "{point}");
+                child.delete().await;
+            }
+        }
+        goes_on(&server, &guest, counted, point).await;
+        assert_eq!(snapshots(&server).await, Vec::<String>::new(), "{point}");
+        nothing_left(&server, &before, point).await;
+    }
+}
+
+/// A compressed snapshot of a guest that is gone: nothing but equal frames joins it with another one.
+async fn compressed(server: &Server, name: &str) -> String {
+    let guest = counting(server, json!({"name": name})).await;
+    let body = json!({"kind": "Standby", "compression": {"enabled": true, "algorithm": "zstd", "level": 1}});
+    let id = take(server, &guest, body).await;
+    eventually("it is compressed", || async {
+        let shown = server.client().get(&format!("/snapshots/{id}")).await;
+        shown.expect(200).json()["compression_state"] == "compressed"
+    })
+    .await;
+    guest.delete().await;
+    id
+}
+
+#[tokio::test]
+async fn cutting_down_what_others_have_frames_of_is_cut_at_each_step() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    for point in ["memory.sweep.reduced", "memory.sweep.cut"] {
+        let before = paths(server.data_directory());
+        let first = compressed(&server, "first").await;
+        let second = compressed(&server, "second").await;
+        cut(&mut server, point, async |client| {
+            let path = format!("/snapshots/{first}");
+            client
+                .try_send(client.request(reqwest::Method::DELETE, &path))
+                .await;
+        })
+        .await;
+        assert_eq!(snapshots(&server).await, [second.clone()], "{point}");
+        all_verify(&server, point).await;
+        let fork = format!("/snapshots/{second}/fork");
+        let forked = server.client().post(&fork, &json!({"name": "child"})).await;
+        let child = server.guest(forked.expect(201).json()["id"].as_str().unwrap());
+        assert!(count(&child).await > 0);
+        child.delete().await;
+        delete_all(&server).await;
+        nothing_left(&server, &before, point).await;
+    }
+}
+
+#[tokio::test]
 async fn import_is_cut_at_each_step() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;

@@ -28,7 +28,8 @@ impl Forms {
         self.0.remove(&id).and_then(|outline| outline.parent)
     }
 
-    /// Says of an image with frames what all of its memory takes, its ancestors' part included.
+    /// Says of an image with frames what they take, those of its ancestors included. Pages of an ancestor that is not
+    /// compressed are none.
     pub(super) fn compressed(&self, id: MemoryId) -> Option<CompressionState> {
         let own = self.0.get(&id)?;
         own.frame_bytes?;
@@ -36,7 +37,7 @@ impl Forms {
         Some(CompressionState::Compressed {
             bytes: chain
                 .take(MAX_DEPTH as usize)
-                .map(|outline| outline.frame_bytes.unwrap_or(outline.page_bytes))
+                .filter_map(|outline| outline.frame_bytes)
                 .sum(),
             algorithm: own.compressor.map(|compressor| match compressor {
                 Compressor::Zstd => Algorithm::Zstd,
@@ -61,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_image_takes_is_what_its_chain_does() {
+    fn what_an_image_takes_compressed_is_what_its_chain_does() {
         let [base, top] = [MemoryId::random().unwrap(), MemoryId::random().unwrap()];
         let mut forms = Forms::default();
         forms.insert(base, outline(None, 1000, None));
@@ -71,7 +72,7 @@ mod tests {
             Some(CompressionState::Compressed { bytes, algorithm })
         };
         assert_eq!(forms.compressed(base), None);
-        assert_eq!(forms.compressed(top), done(1004));
+        assert_eq!(forms.compressed(top), done(4));
         forms.insert(base, outline(None, 1000, Some(300)));
         assert_eq!(forms.compressed(top), done(304));
         assert_eq!(forms.remove(top), Some(base));
