@@ -2,7 +2,7 @@
 
 use crate::codec::Encoding;
 use crate::frames::{Frame, FrameTable};
-use crate::layout::{RAW, bytes_of};
+use crate::layout::RAW;
 use crate::{MemoryId, MemoryStore, Result};
 
 /// What made the frames of an image small.
@@ -21,8 +21,6 @@ pub struct Outline {
     pub parent: Option<MemoryId>,
     /// Whether there is a raw form.
     pub raw: bool,
-    /// Bytes of the pages that it owns and that are not zero.
-    pub page_bytes: u64,
     /// Bytes that the frames of those pages take, shared ones included, when there is a framed form.
     pub frame_bytes: Option<u64>,
     /// How those frames were compressed; `None` when that made none of them smaller.
@@ -42,11 +40,6 @@ impl MemoryStore {
         Ok(Outline {
             parent: index.parent.map(|(parent, _)| parent),
             raw: self.shared.path(id, RAW).exists(),
-            page_bytes: index
-                .entries
-                .iter()
-                .map(|entry| bytes_of(entry.nonzero) as u64)
-                .sum(),
             frame_bytes: table.as_ref().map(frame_bytes),
             compressor: table.as_ref().and_then(compressor),
         })

@@ -51,11 +51,10 @@ impl Forms {
 mod tests {
     use super::*;
 
-    fn outline(parent: Option<MemoryId>, page_bytes: u64, frame_bytes: Option<u64>) -> Outline {
+    fn outline(parent: Option<MemoryId>, frame_bytes: Option<u64>) -> Outline {
         Outline {
             parent,
             raw: frame_bytes.is_none(),
-            page_bytes,
             frame_bytes,
             compressor: frame_bytes.map(|_| Compressor::Zstd),
         }
@@ -65,15 +64,15 @@ mod tests {
     fn what_an_image_takes_compressed_is_what_its_chain_does() {
         let [base, top] = [MemoryId::random().unwrap(), MemoryId::random().unwrap()];
         let mut forms = Forms::default();
-        forms.insert(base, outline(None, 1000, None));
-        forms.insert(top, outline(Some(base), 10, Some(4)));
+        forms.insert(base, outline(None, None));
+        forms.insert(top, outline(Some(base), Some(4)));
         let done = |bytes| {
             let algorithm = Some(Algorithm::Zstd);
             Some(CompressionState::Compressed { bytes, algorithm })
         };
         assert_eq!(forms.compressed(base), None);
         assert_eq!(forms.compressed(top), done(4));
-        forms.insert(base, outline(None, 1000, Some(300)));
+        forms.insert(base, outline(None, Some(300)));
         assert_eq!(forms.compressed(top), done(304));
         assert_eq!(forms.remove(top), Some(base));
         assert_eq!((forms.compressed(top), forms.contains(base)), (None, true));
