@@ -93,11 +93,13 @@ impl Driver {
         parts: &Parts,
         diligence: Diligence,
     ) -> Result<Loadable, EngineError> {
-        // Together they take as long as the longest.
-        let (fitting, (memory, digest)) = tokio::try_join!(
+        // Together they take as long as the longest. Both to their end: memory that is being expanded would be there a
+        // little longer than the refusal, for whoever asks next.
+        let (fitting, memory) = tokio::join!(
             self.fitting(record, parts),
             self.memory_of(record, &parts.image, diligence),
-        )?;
+        );
+        let (fitting, (memory, digest)) = (fitting?, memory?);
         if fitting.memory_digest != digest {
             return Err(EngineError::damaged("the memory image"));
         }
