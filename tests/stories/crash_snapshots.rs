@@ -324,7 +324,7 @@ async fn cutting_down_what_others_have_frames_of_is_cut_at_each_step() {
                 .await;
         })
         .await;
-        assert_eq!(snapshots(&server).await, [second.clone()], "{point}");
+        assert_eq!(snapshots(&server).await, std::slice::from_ref(&second), "{point}");
         all_verify(&server, point).await;
         let fork = format!("/snapshots/{second}/fork");
         let forked = server.client().post(&fork, &json!({"name": "child"})).await;
