@@ -313,6 +313,7 @@ async fn compressed(server: &Server, name: &str) -> String {
 async fn cutting_down_what_others_have_frames_of_is_cut_at_each_step() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
+    server.busybox().await;
     for point in ["memory.sweep.reduced", "memory.sweep.cut"] {
         let before = paths(server.data_directory());
         let first = compressed(&server, "first").await;
