@@ -137,9 +137,8 @@ impl CloudHypervisor {
         let mut made = Made::new(&spec.runtime_directory);
         let own = OwnDirectory::of(&spec.runtime_directory);
         own.make()?;
-        // Beside its disks it writes nothing but its own words.
-        let boots = restore.is_none();
-        let mut start = ByName::prepare(&self.jail, &binary.path, spec, &own, boots, 0).await?;
+        // It opens the initramfs of a machine that goes on, too. Beside its disks it writes nothing but its own words.
+        let mut start = ByName::prepare(&self.jail, &binary.path, spec, &own, true, 0).await?;
         let (work, patch) = match restore {
             None => {
                 let description = config::config(spec, abilities, Start::Boot)?;
