@@ -11,6 +11,7 @@
 //! - Nothing is buffered whole except JSON bodies and manifests, both bounded.
 //! - Stopping the server never stops a VM.
 
+mod all_instances;
 pub mod auth;
 mod convert;
 mod error;

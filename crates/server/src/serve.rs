@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_engine::Engine;
@@ -113,7 +113,7 @@ pub async fn bind(config: ServerConfig, engine: Arc<Engine>) -> Result<BoundServ
         verifier: Arc::new(Verifier::new(&config.jwt_secret)),
         version: config.version.as_str().into(),
         spec: Arc::new(openapi::render()?),
-        list_cache: Arc::new(Mutex::new(None)),
+        all_instances: Arc::default(),
         stage: watched,
         sessions: TaskTracker::new(),
     };

@@ -1,14 +1,14 @@
 //! What handlers share.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use axum::extract::FromRef;
-use bytes::Bytes;
 use hypeman_engine::Engine;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::all_instances::AllInstances;
 use crate::auth::Verifier;
 
 /// Handed to every handler; cheap to clone.
@@ -22,8 +22,8 @@ pub struct AppState {
     pub version: Arc<str>,
     /// The OpenAPI document.
     pub spec: Arc<crate::openapi::Rendered>,
-    /// The last unfiltered list of instances, see [`crate::handlers::instances`].
-    pub list_cache: Arc<Mutex<Option<CachedList>>>,
+    /// The unfiltered list of instances.
+    pub all_instances: Arc<AllInstances>,
     /// How far the server is on its way down.
     pub stage: watch::Receiver<Stage>,
     /// Upgraded connections: the HTTP machinery no longer knows them, but they are drained too.
@@ -39,17 +39,6 @@ pub enum Stage {
     Draining,
     /// Time is over: sessions are cut.
     Cutting,
-}
-
-/// A serialised list.
-#[derive(Debug, Clone)]
-pub struct CachedList {
-    /// Version of the instances that it shows.
-    pub version: u64,
-    /// When it was made.
-    pub made: std::time::Instant,
-    /// JSON.
-    pub body: Bytes,
 }
 
 /// Cuts the connection that a request came by. It works also while an answer is being written that nobody reads, when

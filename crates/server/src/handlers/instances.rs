@@ -1,9 +1,6 @@
 //! Instances.
-//!
-//! The unfiltered list is by far the most frequent request. Its answer is kept serialised and reused while no
-//! instance changed and it is younger than [`LIST_AGE`]; only the running phase clocks in it can be that old.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -21,10 +18,7 @@ use super::{PathId, path_text, resolve};
 use crate::convert::{instance as convert, request};
 use crate::error::{ApiError, ApiResult};
 use crate::extract::{JsonBody, Params, TagFilter};
-use crate::state::{AppState, CachedList, Stage};
-
-/// How old the phase clocks of a list may be.
-const LIST_AGE: Duration = Duration::from_millis(100);
+use crate::state::{AppState, Stage};
 
 /// Wait when none is given, and the longest one.
 const DEFAULT_WAIT: Duration = Duration::from_secs(60);
@@ -41,10 +35,11 @@ pub async fn list(
     Params(query): Params<ListInstancesQuery>,
     tags: TagFilter,
 ) -> ApiResult<Response> {
-    let unfiltered = query.state.is_none() && tags.0.is_empty();
-    let version = state.engine.instances_version();
-    if unfiltered && let Some(body) = cached(&state, version) {
-        return Ok(json(body));
+    if query.state.is_none() && tags.0.is_empty() {
+        let version = state.engine.instances_version();
+        let all = || state.engine.list_instances(&InstanceFilter::default());
+        let body = state.all_instances.get(version, all);
+        return Ok(json(body.map_err(|error| ApiError::internal(&error))?));
     }
     let filter = InstanceFilter {
         state: query.state.map(convert::state_to_core),
@@ -57,30 +52,8 @@ pub async fn list(
         .iter()
         .map(|instance| convert::to_api(instance, now))
         .collect();
-    let body = Bytes::from(serde_json::to_vec(&instances).map_err(|error| ApiError::internal(&error))?);
-    if unfiltered {
-        let fresh = CachedList {
-            version,
-            made: Instant::now(),
-            body: body.clone(),
-        };
-        *state
-            .list_cache
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(fresh);
-    }
-    Ok(json(body))
-}
-
-fn cached(state: &AppState, version: u64) -> Option<Bytes> {
-    let cache = state
-        .list_cache
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    cache
-        .as_ref()
-        .filter(|list| list.version == version && list.made.elapsed() < LIST_AGE)
-        .map(|list| list.body.clone())
+    let body = serde_json::to_vec(&instances).map_err(|error| ApiError::internal(&error))?;
+    Ok(json(body.into()))
 }
 
 fn json(body: Bytes) -> Response {
