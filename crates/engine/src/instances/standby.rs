@@ -1,8 +1,8 @@
 //! Standby and back: the guest's memory and devices go to disk, its machine goes away; later both return.
 //!
 //! ```text
-//!  standby:  journal ─► hold, pause ─► devices ─► memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
-//!               └──────── failure or crash: the guest goes on ──────┘      └── crash: finished at the next start
+//!  standby:  journal ─► hold, pause ─► devices, memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
+//!               └──────── failure or crash: the guest goes on ────┘      └── crash: finished at the next start
 //!
 //!  wake:     journal, beside it ─────┬─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► answer ─► cleared
 //!            manifest, memory checked ┘                            │
@@ -23,6 +23,7 @@ use hypeman_core::snapshot::choose_delay;
 use hypeman_guest_api::AgentKey;
 use hypeman_vmm::{Machine, Restore};
 use jiff::Timestamp;
+use tokio::sync::Notify;
 
 use super::boot::{guest_config, kill, machine_spec};
 use super::driver::{Driver, Operation, Run};
@@ -32,7 +33,7 @@ use super::model::{InstanceRecord, RunRecord, StandbyRecord};
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
 use crate::snapshots::state;
-use crate::snapshots::vault::{Frozen, Hold};
+use crate::snapshots::vault::{Frozen, Hold, Kept};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, StandbyRequest};
 use crate::{EngineError, durable, faults};
 
@@ -96,29 +97,15 @@ impl Driver {
         machine.pause().await?;
         self.observe(&Observation::Paused);
         faults::point("standby.paused");
-        let devices = machine.save_devices().await?;
-        let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        self.shared.paging.settle(served).await?;
-        let memory = machine.guest_memory().await?;
-        let frozen = blocking_io("look at guest memory", move || Frozen::live(memory)).await?;
-        let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
-        let kept = self
-            .shared
-            .vault
-            .keep(self.record.memory_bytes, self.lineage(), frozen)
-            .await?;
-        faults::point("standby.memory");
         let name = format!(
             "standby-{}",
             crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?
         );
         let directory = self.shared.layout.standby(&self.record.id, &name);
+        let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
+        let (devices, kept) = self.keep_all(machine, directory.clone()).await?;
         let facts = self.facts(identity, &kept);
-        let manifest = blocking(move || {
-            make_private(&directory)?;
-            state::write(&directory, facts, &devices)
-        })
-        .await?;
+        let manifest = blocking(move || state::seal(&directory, facts, devices)).await?;
         faults::point("standby.devices");
         let mut changed = self.record.clone();
         changed.standby = Some(StandbyRecord {
@@ -141,6 +128,45 @@ impl Driver {
             .await?;
         faults::point("standby.committed");
         Ok((changed, kept.hold))
+    }
+
+    /// Devices and memory of a paused machine, at the same time where the VMM leaves memory alone meanwhile. Both to
+    /// their end: what is being written must be done before a guest goes on.
+    async fn keep_all(
+        &self,
+        machine: &Arc<dyn Machine>,
+        directory: PathBuf,
+    ) -> Result<(state::Devices, Kept), EngineError> {
+        let rests = machine.memory_rests_while_saving();
+        let saved = Notify::new();
+        let devices = async {
+            let devices = machine.save_devices().await;
+            saved.notify_one();
+            let devices = devices?;
+            let write = move || {
+                make_private(&directory)?;
+                state::write_devices(&directory, &devices)
+            };
+            blocking(write).await
+        };
+        let memory = async {
+            if !rests {
+                saved.notified().await;
+            }
+            let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+            self.shared.paging.settle(served).await?;
+            let memory = machine.guest_memory().await?;
+            let frozen = blocking_io("look at guest memory", move || Frozen::live(memory)).await?;
+            let kept = self
+                .shared
+                .vault
+                .keep(self.record.memory_bytes, self.lineage(), frozen)
+                .await;
+            faults::point("standby.memory");
+            kept
+        };
+        let (devices, kept) = tokio::join!(devices, memory);
+        Ok((devices?, kept?))
     }
 
     /// The state is safe: the machine may go.

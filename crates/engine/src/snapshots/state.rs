@@ -59,23 +59,45 @@ pub(crate) struct Manifest {
     devices_blake3: String,
 }
 
+/// A device state that was written, as the manifest names it.
+#[derive(Debug)]
+pub(crate) struct Devices {
+    bytes: u64,
+    blake3: String,
+}
+
 /// Writes both files, durably; returns the digest of the manifest.
 pub(crate) fn write(directory: &Path, facts: Facts, devices: &[u8]) -> Result<String, EngineError> {
+    let devices = write_devices(directory, devices)?;
+    seal(directory, facts, devices)
+}
+
+/// Writes the device state. It counts once a manifest names it.
+pub(crate) fn write_devices(directory: &Path, devices: &[u8]) -> Result<Devices, EngineError> {
+    write_synced(&directory.join(DEVICES), devices)
+        .map_err(|error| EngineError::io("write the device state", error))?;
+    Ok(Devices {
+        bytes: devices.len() as u64,
+        blake3: blake3::hash(devices).to_hex().to_string(),
+    })
+}
+
+/// Writes the manifest and makes both names durable; returns its digest.
+pub(crate) fn seal(directory: &Path, facts: Facts, devices: Devices) -> Result<String, EngineError> {
     let manifest = Manifest {
         format: FORMAT,
         facts,
-        devices_bytes: devices.len() as u64,
-        devices_blake3: blake3::hash(devices).to_hex().to_string(),
+        devices_bytes: devices.bytes,
+        devices_blake3: devices.blake3,
     };
     let text = serde_json::to_vec_pretty(&manifest)
         .map_err(|error| EngineError::io("encode the manifest", error.into()))?;
     let write = || -> io::Result<()> {
-        write_synced(&directory.join(DEVICES), devices)?;
         write_synced(&directory.join(MANIFEST), &text)?;
         sync_directory(directory)?;
         directory.parent().map_or(Ok(()), sync_directory)
     };
-    write().map_err(|error| EngineError::io("write the device state", error))?;
+    write().map_err(|error| EngineError::io("write the manifest", error))?;
     Ok(blake3::hash(&text).to_hex().to_string())
 }
 
