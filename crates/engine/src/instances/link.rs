@@ -26,6 +26,9 @@ use tokio::task::JoinHandle;
 /// How long one attempt waits for a guest that still boots. Another attempt follows.
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 /// Mounting and starting the program, on a slow host.
+/// How long a guest that is up may take for the first answer on a connection, before another one is made. QEMU can lose
+/// hold of one when its machine stood still while the last one ended: then nothing of it ever reaches the guest.
+const FIRST_ANSWER: Duration = Duration::from_secs(1);
 const CONFIGURE_DEADLINE: Duration = Duration::from_secs(120);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 const PING_INTERVAL: Duration = Duration::from_millis(500);
@@ -74,7 +77,7 @@ impl Link {
         config: GuestConfig,
         welcome: Welcome,
     ) -> Self {
-        Self::spawn(machine, key, config, welcome, false)
+        Self::spawn(machine, key, config, welcome, false, BOOT_DEADLINE)
     }
 
     /// Starts to reach the agent of a machine that was running when the server last looked, if it `was_reached` then.
@@ -85,7 +88,7 @@ impl Link {
         welcome: Welcome,
         was_reached: bool,
     ) -> Self {
-        Self::spawn(machine, key, config, welcome, was_reached)
+        Self::spawn(machine, key, config, welcome, was_reached, FIRST_ANSWER)
     }
 
     fn spawn(
@@ -94,6 +97,7 @@ impl Link {
         config: GuestConfig,
         welcome: Welcome,
         reached: bool,
+        patience: Duration,
     ) -> Self {
         let (sender, events) = mpsc::channel(64);
         let guest = Guest {
@@ -104,6 +108,7 @@ impl Link {
             key,
             config,
             welcome,
+            patience,
         };
         Self {
             task: tokio::spawn(guest.run(sender, reached)),
@@ -153,6 +158,8 @@ struct Guest {
     config: GuestConfig,
     /// What it is told before anything else, once.
     welcome: Welcome,
+    /// How long its first answer may take before it is asked anew, and longer.
+    patience: Duration,
 }
 
 impl Guest {
@@ -198,15 +205,11 @@ impl Guest {
         if let Some(port) = &mut self.port {
             port.mark_unchanged();
         }
-        let stream = match self.channel.connect().await {
-            Ok(stream) => stream,
-            Err(error) => return lost(false, error),
-        };
         let present_key = match &self.welcome {
             Welcome::Identity { former_key } => former_key,
             Welcome::Nothing | Welcome::Time => &self.key,
         };
-        let (client, reports) = match GuestClient::connect(stream, Some(present_key), BOOT_DEADLINE).await {
+        let (client, reports) = match self.answer(present_key).await {
             Ok(connection) => connection,
             // It was told already, and the answer got lost: it must prove itself with the new secret, and confirm.
             Err(ChannelError::NotAuthentic) if *present_key != self.key => {
@@ -251,6 +254,22 @@ impl Guest {
         // Its events may have ended alone; sessions still hold the connection, and the port serves one at a time.
         client.close();
         end
+    }
+
+    /// Connects until the guest answers.
+    async fn answer(&self, key: &AgentKey) -> Result<(GuestClient, GuestEvents), ChannelError> {
+        let begun = tokio::time::Instant::now();
+        let mut patience = self.patience;
+        loop {
+            let stream = self.channel.connect().await?;
+            match GuestClient::connect(stream, Some(key), patience).await {
+                Err(ChannelError::Deadline) if begun.elapsed() < BOOT_DEADLINE => {
+                    tracing::debug!(?patience, "the guest does not answer: it is asked anew");
+                    patience *= 2;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Passes on what the guest reports until the connection is over.

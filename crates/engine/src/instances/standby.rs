@@ -102,6 +102,7 @@ impl Driver {
             crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?
         );
         let directory = self.shared.layout.standby(&self.record.id, &name);
+        let unfinished = Unfinished(Some(directory.clone()));
         let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
         let (devices, kept) = self.keep_all(machine, directory.clone()).await?;
         let facts = self.facts(identity, &kept);
@@ -126,6 +127,7 @@ impl Driver {
             .store
             .write(move |connection| hypeman_store::instances::update(connection, &document.id, &document))
             .await?;
+        unfinished.finish();
         faults::point("standby.committed");
         Ok((changed, kept.hold))
     }
@@ -402,6 +404,27 @@ impl Driver {
         self.log.line("restored");
         self.publish();
         Ok(())
+    }
+}
+
+/// The directory of a state that no record names yet: it goes with this.
+struct Unfinished(Option<PathBuf>);
+
+impl Unfinished {
+    fn finish(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let removed = self
+            .0
+            .take()
+            .map_or(Ok(()), |directory| durable::remove_tree(&directory));
+        if let Err(error) = removed {
+            tracing::warn!(%error, "left for the next start");
+        }
     }
 }
 
