@@ -1,4 +1,4 @@
-//! Who reads the files of a snapshot, so that deleting it never takes them from under anybody.
+//! Who reads the parts of a snapshot, so that deleting it never takes them from under anybody.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::durable;
 use crate::layout::Layout;
+use crate::snapshots::vault::Hold;
 
 #[derive(Debug, Default)]
 struct Readers {
@@ -20,11 +21,12 @@ pub(crate) struct Leases {
     readers: Arc<Mutex<HashMap<String, Readers>>>,
 }
 
-/// The right to read one snapshot's files.
+/// The right to read one snapshot's files, and its memory.
 #[derive(Debug)]
 pub(crate) struct Lease {
     leases: Leases,
     id: String,
+    memory: Option<Hold>,
 }
 
 impl Leases {
@@ -42,6 +44,7 @@ impl Leases {
         Lease {
             leases: self.clone(),
             id: id.to_owned(),
+            memory: None,
         }
     }
 
@@ -78,6 +81,11 @@ impl Drop for Lease {
 }
 
 impl Lease {
+    /// Keeps the memory as long as the files.
+    pub(crate) fn keep(&mut self, memory: Option<Hold>) {
+        self.memory = memory;
+    }
+
     /// Id of the snapshot.
     pub(crate) fn id(&self) -> &str {
         &self.id

@@ -294,8 +294,13 @@ impl Engine {
 
     /// A snapshot and the right to read its files.
     fn leased(&self, id: &str) -> Result<(Snapshot, super::leases::Lease), EngineError> {
-        let lease = self.shared().leases.take(id);
-        Ok((super::rows::get(self.shared(), id)?, lease))
+        let shared = self.shared();
+        let mut lease = shared.leases.take(id);
+        let record = super::rows::get(shared, id)?;
+        let memory = record.memory.as_ref();
+        lease.keep(memory.map(|memory| shared.vault.hold(&memory.image)));
+        // A deletion gives the memory back only after the row is gone: held while there was a row, it stays.
+        Ok((super::rows::get(shared, id)?, lease))
     }
 }
 
