@@ -209,7 +209,7 @@ impl Guest {
             Welcome::Identity { former_key } => former_key,
             Welcome::Nothing | Welcome::Time => &self.key,
         };
-        let (client, reports) = match self.answer(present_key).await {
+        let (client, reports) = match answer(&self.channel, present_key, self.patience).await {
             Ok(connection) => connection,
             // It was told already, and the answer got lost: it must prove itself with the new secret, and confirm.
             Err(ChannelError::NotAuthentic) if *present_key != self.key => {
@@ -254,22 +254,6 @@ impl Guest {
         // Its events may have ended alone; sessions still hold the connection, and the port serves one at a time.
         client.close();
         end
-    }
-
-    /// Connects until the guest answers.
-    async fn answer(&self, key: &AgentKey) -> Result<(GuestClient, GuestEvents), ChannelError> {
-        let begun = tokio::time::Instant::now();
-        let mut patience = self.patience;
-        loop {
-            let stream = self.channel.connect().await?;
-            match GuestClient::connect(stream, Some(key), patience).await {
-                Err(ChannelError::Deadline) if begun.elapsed() < BOOT_DEADLINE => {
-                    tracing::debug!(?patience, "the guest does not answer: it is asked anew");
-                    patience *= 2;
-                }
-                outcome => return outcome,
-            }
-        }
     }
 
     /// Passes on what the guest reports until the connection is over.
@@ -354,6 +338,25 @@ async fn silence(client: &GuestClient) {
     }
 }
 
+/// Connects until the guest answers; after `patience`, and later ever more of it, anew.
+async fn answer(
+    channel: &AgentChannel,
+    key: &AgentKey,
+    mut patience: Duration,
+) -> Result<(GuestClient, GuestEvents), ChannelError> {
+    let begun = tokio::time::Instant::now();
+    loop {
+        let stream = channel.connect().await?;
+        match GuestClient::connect(stream, Some(key), patience).await {
+            Err(ChannelError::Deadline) if begun.elapsed() < BOOT_DEADLINE => {
+                tracing::debug!(?patience, "the guest does not answer: it is asked anew");
+                patience *= 2;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Time and entropy are worth something only if they are taken at the last moment.
 fn freshened(config: &GuestConfig) -> io::Result<GuestConfig> {
     Ok(GuestConfig {
@@ -368,4 +371,28 @@ fn now_unix_nanos() -> i128 {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |elapsed| elapsed.as_nanos());
     i128::try_from(now).unwrap_or(i128::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_leads_nowhere_is_not_the_last() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let channel = AgentChannel::SerialSocket(socket);
+        let asked = tokio::spawn(async move {
+            answer(&channel, &AgentKey([0; 32]), Duration::from_millis(1))
+                .await
+                .map(drop)
+        });
+        // Nobody reads what comes on the first one, nor hangs up.
+        let _silent = listener.accept().await.unwrap();
+        let (second, _) = listener.accept().await.unwrap();
+        // The machine is gone: that is an answer, too.
+        drop((second, listener));
+        assert!(matches!(asked.await.unwrap(), Err(ChannelError::Closed)));
+    }
 }
