@@ -65,23 +65,32 @@ impl AllInstances {
         instances: impl FnOnce() -> Vec<Arc<Instance>>,
     ) -> Result<Bytes, serde_json::Error> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(list) = &kept.list
-            && list.version >= version
-            && list.made.elapsed() < LIST_AGE
-        {
-            return Ok(list.bytes.clone());
-        }
-        let bytes = kept.join(&instances(), Timestamp::now())?;
-        kept.list = Some(List {
-            version,
-            made: Instant::now(),
-            bytes: bytes.clone(),
-        });
-        Ok(bytes)
+        kept.list(version, Instant::now(), instances)
     }
 }
 
 impl Kept {
+    fn list(
+        &mut self,
+        version: u64,
+        now: Instant,
+        instances: impl FnOnce() -> Vec<Arc<Instance>>,
+    ) -> Result<Bytes, serde_json::Error> {
+        if let Some(list) = &self.list
+            && list.version >= version
+            && now.duration_since(list.made) < LIST_AGE
+        {
+            return Ok(list.bytes.clone());
+        }
+        let bytes = self.join(&instances(), Timestamp::now())?;
+        self.list = Some(List {
+            version,
+            made: now,
+            bytes: bytes.clone(),
+        });
+        Ok(bytes)
+    }
+
     fn join(&mut self, instances: &[Arc<Instance>], now: Timestamp) -> Result<Bytes, serde_json::Error> {
         let mut known = std::mem::take(&mut self.pieces);
         let former = self.list.as_ref().map_or(0, |list| list.bytes.len());
@@ -200,11 +209,13 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_made_anew_when_something_changed() {
-        let all = AllInstances::default();
-        let phases = PhaseClock::start(InstanceState::Running, at(0));
-        let first = all.get(1, || vec![instance("a", &phases, "")]).unwrap();
-        assert_eq!(all.get(1, || unreachable!("it is there")).unwrap(), first);
-        assert_eq!(&*all.get(2, Vec::new).unwrap(), b"[]");
+    fn a_list_is_made_anew_when_something_changed_or_it_is_old() {
+        let mut kept = Kept::default();
+        let (now, phases) = (Instant::now(), PhaseClock::start(InstanceState::Running, at(0)));
+        let one = || vec![instance("a", &phases, "")];
+        let first = kept.list(1, now, one).unwrap();
+        assert_eq!(kept.list(1, now, || unreachable!("it is there")).unwrap(), first);
+        assert_eq!(&*kept.list(2, now, Vec::new).unwrap(), b"[]");
+        assert_ne!(&*kept.list(2, now + LIST_AGE, one).unwrap(), b"[]");
     }
 }
