@@ -31,6 +31,7 @@ use super::stall::Stall;
 use super::table::Slot;
 use crate::events::EventKind;
 use crate::shared::Shared;
+use crate::snapshots::leases::Lease;
 use crate::snapshots::vault::Hold;
 use crate::snapshots::{Snapshot, StandbyRequest};
 use crate::{EngineError, faults};
@@ -116,6 +117,8 @@ pub(crate) enum Request {
     Rewind {
         /// Snapshot.
         snapshot: Snapshot,
+        /// Keeps its parts, whatever becomes of the client.
+        lease: Lease,
         /// In which state, on what.
         target: Target,
         /// Answer.
@@ -315,10 +318,12 @@ impl Driver {
             }
             Request::Rewind {
                 snapshot,
+                lease,
                 target,
                 reply,
             } => {
                 let outcome = self.rewind(&snapshot, target).await.map(|()| self.view());
+                drop(lease);
                 let _ = reply.send(outcome);
             }
             Request::Hatch { parts, target, reply } => {

@@ -175,23 +175,12 @@ impl Driver {
             }
         }
         let laid_out = shared.vault.materialize(image).await?;
-        if diligence == Diligence::All && laid_out.patch().is_some() {
-            read_patch(shared, image).await?;
+        if diligence == Diligence::All {
+            laid_out.read_patch().await?;
         }
         let digest = laid_out.digest().to_owned();
         Ok((Memory::LaidOut(laid_out), digest))
     }
-}
-
-/// Reads the pages that are to be written over a mapped image: laying it out leaves their check to the writing.
-async fn read_patch(shared: &Shared, image: &str) -> Result<(), EngineError> {
-    let (store, id) = (shared.vault.store().clone(), vault::parse(image)?);
-    blocking(move || {
-        let memory = store.materialize(&id)?;
-        memory.patch.apply(&|_, _| Ok(()))?;
-        Ok(())
-    })
-    .await
 }
 
 /// Where the memory of a machine comes from while it starts.

@@ -151,7 +151,7 @@ impl Engine {
         snapshot: &str,
         request: RestoreRequest,
     ) -> Result<Arc<Instance>, EngineError> {
-        let (record, _lease) = self.leased(snapshot)?;
+        let (record, lease) = self.leased(snapshot)?;
         if record.source.id != instance {
             return Err(EngineError::NotFound {
                 kind: "snapshot of this instance",
@@ -162,6 +162,7 @@ impl Engine {
         let target = target(self.shared(), &record, state, hypervisor).await?;
         self.ask(instance, |reply| Request::Rewind {
             snapshot: record,
+            lease,
             target,
             reply,
         })

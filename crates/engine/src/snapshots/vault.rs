@@ -80,6 +80,12 @@ impl LaidOut {
         &self.digest
     }
 
+    /// Reads what is to be written over it: laying it out leaves its check to the writing.
+    pub(crate) async fn read_patch(&self) -> Result<(), EngineError> {
+        let laid_out = Arc::clone(&self.memory);
+        blocking(move || Ok(laid_out.patch.apply(&|_, _| Ok(()))?)).await
+    }
+
     /// What is written over it.
     pub(crate) fn patch(&self) -> Option<Patch> {
         if self.memory.patch.is_empty() {
