@@ -25,8 +25,8 @@
 //! * An image is kept while it or a descendant is live or held; its frames, while a kept image uses them.
 //!
 //! # Everything else
-//! [`disk`] copies disks and recognises them, a [`Manifest`] says what belongs together and [`compatible`] where it can
-//! run, [`export()`] and [`import()`] carry all of it as one stream. Where those files lie is the caller's business.
+//! [`disk`] copies disks and recognises them, a [`Manifest`] says what belongs together, [`export()`] and [`import()`]
+//! carry all of it as one stream. Where those files lie, and where they can go on, is the caller's business.
 
 mod archive;
 mod capture;
@@ -69,9 +69,7 @@ pub use extents::shared_bytes;
 pub use id::MemoryId;
 pub use import::{Bounds, Imported, import};
 pub use layout::{CHUNK_BYTES, MAX_DEPTH, PAGE_BYTES};
-pub use manifest::{
-    Blob, Host, Incompatible, MAX_MANIFEST, Manifest, MemoryPart, SnapshotKind, Vmm, compatible,
-};
+pub use manifest::{Blob, MAX_MANIFEST, Manifest, MemoryPart, SnapshotKind, Vmm};
 pub use materialize::{Base, Materialized};
 pub use outline::{Compressor, Outline};
 pub use patch::Patch;

@@ -1,6 +1,4 @@
-//! What a snapshot consists of and where it can be restored: checked before anything is started.
-
-use std::collections::BTreeSet;
+//! What a snapshot consists of: checked before anything is started. Where it can go on is for the caller to say.
 
 use blake3::Hash;
 use serde::{Deserialize, Serialize};
@@ -173,118 +171,6 @@ impl Manifest {
     }
 }
 
-/// What a host offers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Host {
-    /// The VMMs that it can start, with each board.
-    pub vmms: Vec<Vmm>,
-    /// The guest kernels that it has.
-    pub kernels: Vec<String>,
-    /// What its CPUs can do for a guest: words between spaces.
-    pub cpu_features: String,
-}
-
-/// Why a snapshot cannot be restored on a host.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Incompatible {
-    /// Another product.
-    #[error(
-        "the snapshot needs the VMM {needed}, which this host cannot start: install it, or fork from a stopped snapshot, which any VMM can boot"
-    )]
-    Vmm {
-        /// The product.
-        needed: String,
-    },
-    /// The product in another version.
-    #[error(
-        "the snapshot was captured with {vmm} {needed}, and this host has {found}: install version {needed}, or fork from a stopped snapshot, which any version can boot"
-    )]
-    VmmVersion {
-        /// The product.
-        vmm: String,
-        /// The version that is needed.
-        needed: String,
-        /// The versions that are there.
-        found: String,
-    },
-    /// A board that the VMM does not have.
-    #[error(
-        "the snapshot needs the machine type {needed}, which {vmm} {version} on this host does not have: install a build of it that does"
-    )]
-    Machine {
-        /// The product.
-        vmm: String,
-        /// Its version.
-        version: String,
-        /// The board that is needed.
-        needed: String,
-    },
-    /// The kernel that runs in the guest is not known here.
-    #[error(
-        "the snapshot was captured with the guest kernel {needed}, which this host does not have: add that kernel"
-    )]
-    Kernel {
-        /// The kernel.
-        needed: String,
-    },
-    /// The guest's kernel and programs rely on more than the CPU has.
-    #[error(
-        "the snapshot needs CPU features that this host lacks ({missing}): restore it on a host that has them, or fork from a stopped snapshot"
-    )]
-    Cpu {
-        /// The features, between spaces.
-        missing: String,
-    },
-}
-
-/// Whether a snapshot can be restored on a host. Of a stopped snapshot nothing runs yet, so anything can boot it.
-///
-/// # Errors
-/// The first reason why not.
-pub fn compatible(manifest: &Manifest, host: &Host) -> std::result::Result<(), Incompatible> {
-    if manifest.kind == SnapshotKind::Stopped {
-        return Ok(());
-    }
-    let needed = &manifest.vmm;
-    let same: Vec<&Vmm> = host.vmms.iter().filter(|vmm| vmm.name == needed.name).collect();
-    if same.is_empty() {
-        return Err(Incompatible::Vmm {
-            needed: needed.name.clone(),
-        });
-    }
-    if !same.iter().any(|vmm| vmm.version == needed.version) {
-        let found: BTreeSet<&str> = same.iter().map(|vmm| vmm.version.as_str()).collect();
-        return Err(Incompatible::VmmVersion {
-            vmm: needed.name.clone(),
-            needed: needed.version.clone(),
-            found: found.into_iter().collect::<Vec<_>>().join(", "),
-        });
-    }
-    if !host.vmms.contains(needed) {
-        return Err(Incompatible::Machine {
-            vmm: needed.name.clone(),
-            version: needed.version.clone(),
-            needed: needed.machine.clone(),
-        });
-    }
-    if !host.kernels.contains(&manifest.kernel) {
-        return Err(Incompatible::Kernel {
-            needed: manifest.kernel.clone(),
-        });
-    }
-    let offered: BTreeSet<&str> = host.cpu_features.split_whitespace().collect();
-    let missing = manifest
-        .cpu_features
-        .split_whitespace()
-        .filter(|feature| !offered.contains(feature));
-    let missing = missing.collect::<Vec<_>>().join(" ");
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        Err(Incompatible::Cpu { missing })
-    }
-}
-
 /// Digests as 64 lower-case hexadecimal digits.
 mod hexadecimal {
     use blake3::Hash;
@@ -353,14 +239,6 @@ mod tests {
         }
     }
 
-    fn host() -> Host {
-        Host {
-            vmms: vec![manifest().vmm],
-            kernels: vec!["6.1-small".into()],
-            cpu_features: "sse2 avx avx2".into(),
-        }
-    }
-
     proptest! {
         #[test]
         fn a_flipped_bit_is_refused(bit: prop::sample::Index) {
@@ -402,49 +280,5 @@ mod tests {
         }
         .seal()
         .unwrap();
-    }
-
-    #[test]
-    fn a_host_that_differs_is_told_in_what() {
-        assert_eq!(compatible(&manifest(), &host()), Ok(()));
-        let refused = |host: Host| compatible(&manifest(), &host).unwrap_err().to_string();
-        let vmm = |change: fn(&mut Vmm)| {
-            let mut host = host();
-            host.vmms.iter_mut().for_each(change);
-            refused(host)
-        };
-        assert!(vmm(|vmm| vmm.name = "other".into()).contains("the VMM qemu"));
-        assert!(vmm(|vmm| vmm.version = "10.0.2".into()).contains("7.2.19, and this host has 10.0.2"));
-        assert!(vmm(|vmm| vmm.machine = "pc-q35-7.1".into()).contains("machine type pc-q35-7.2"));
-        assert!(
-            refused(Host {
-                kernels: Vec::new(),
-                ..host()
-            })
-            .contains("guest kernel 6.1-small")
-        );
-        assert!(
-            refused(Host {
-                cpu_features: "sse2".into(),
-                ..host()
-            })
-            .contains("lacks (avx)")
-        );
-    }
-
-    #[test]
-    fn a_stopped_snapshot_boots_anywhere() {
-        let stopped = Manifest {
-            kind: SnapshotKind::Stopped,
-            memory: None,
-            device_state: None,
-            ..manifest()
-        };
-        let nothing = Host {
-            vmms: Vec::new(),
-            kernels: Vec::new(),
-            cpu_features: String::new(),
-        };
-        assert_eq!(compatible(&stopped, &nothing), Ok(()));
     }
 }
