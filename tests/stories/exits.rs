@@ -57,7 +57,7 @@ async fn the_image_decides_user_directory_and_environment() {
     let image = ImageBuilder::busybox()
         .unwrap()
         .config("User", json!("alice"))
-        .config("WorkingDir", json!("/work/here"))
+        .config("WorkingDir", json!("/srv/here"))
         .config("Env", json!(["FROM_IMAGE=yes", "BOTH=image", "PATH=/bin"]))
         .config("Entrypoint", json!(["/bin/sh", "-c"]))
         .cmd(&[program])
@@ -69,11 +69,11 @@ async fn the_image_decides_user_directory_and_environment() {
         .await
         .json();
     assert_eq!(shown["entrypoint"], json!(["/bin/sh", "-c"]));
-    assert_eq!(shown["working_dir"], "/work/here");
+    assert_eq!(shown["working_dir"], "/srv/here");
     let guest = server.run(&name, json!({"env": {"BOTH": "request"}})).await;
     let line = guest.logs("follow=true").await.wait_for("user=").await;
     assert!(
-        line.contains("user=1000:1000 dir=/work/here image=yes both=request"),
+        line.contains("user=1000:1000 dir=/srv/here image=yes both=request"),
         "{line}"
     );
 }

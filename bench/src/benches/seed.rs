@@ -9,25 +9,26 @@ use serde_json::{Value, json};
 use super::restore::wait_until_compressed;
 use crate::error::{BenchError, Result};
 use crate::guests;
+use crate::http::Connection;
 use crate::registry::push_busybox;
 use crate::server::{Server, call, create_running, small_instance};
 
 /// Instances in the store afterwards.
 pub(super) const STORED: usize = 1000;
 
+/// Stops an instance and waits until it is.
+fn stop(api: &mut Connection, id: &str) -> Result<()> {
+    call(api, "POST", &format!("/instances/{id}/stop"), None, 200)?;
+    let path = format!("/instances/{id}/wait?state=Stopped&timeout=60s");
+    call(api, "GET", &path, None, 200).map(drop)
+}
+
 /// Boots an instance and stops it: its id and its image.
 pub(super) fn stopped_instance(server: &Server) -> Result<(String, String)> {
     let image = push_busybox(server)?;
     let mut api = server.connect()?;
     let id = create_running(&mut api, &small_instance("bench-seed", &image, "qemu"))?;
-    call(&mut api, "POST", &format!("/instances/{id}/stop"), None, 200)?;
-    call(
-        &mut api,
-        "GET",
-        &format!("/instances/{id}/wait?state=Stopped&timeout=60s"),
-        None,
-        200,
-    )?;
+    stop(&mut api, &id)?;
     Ok((id, image))
 }
 
@@ -38,14 +39,7 @@ pub(super) fn captured_instance(server: &Server) -> Result<()> {
     let id = create_running(&mut api, &small_instance("bench-seed", &image, "qemu"))?;
     let snapshot = guests::snapshot(&mut api, &id, Some(json!({ "enabled": true })))?;
     wait_until_compressed(&mut api, &snapshot)?;
-    call(&mut api, "POST", &format!("/instances/{id}/stop"), None, 200)?;
-    call(
-        &mut api,
-        "GET",
-        &format!("/instances/{id}/wait?state=Stopped&timeout=60s"),
-        None,
-        200,
-    )?;
+    stop(&mut api, &id)?;
     let request = json!({ "kind": "Stopped", "name": "seed" });
     let path = format!("/instances/{id}/snapshots");
     call(&mut api, "POST", &path, Some(&request), 201).map(drop)
