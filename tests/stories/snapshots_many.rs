@@ -129,7 +129,7 @@ async fn a_hundred_forks_come_of_one_call_each_with_its_own_outcome() {
     let client = server.client();
     let image = server.busybox().await;
     let guest = server
-        .run(&image, json!({"name": "origin", "size": "64MB"}))
+        .run(&image, json!({"name": "origin", "size": "128MB"}))
         .await;
     guest.stop().await;
     let path = format!("/instances/{}/snapshots", guest.id);
@@ -145,7 +145,7 @@ async fn a_hundred_forks_come_of_one_call_each_with_its_own_outcome() {
         .refused(400, "Bad Request");
     // One name is taken: that child fails, and no other for it.
     server
-        .create(&image, json!({"name": "child-50", "size": "64MB"}))
+        .create(&image, json!({"name": "child-50", "size": "128MB"}))
         .await;
     let forked = client
         .post(
