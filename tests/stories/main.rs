@@ -27,6 +27,7 @@ mod jail;
 mod lifecycle;
 mod logs;
 mod lookup;
+mod matrix;
 mod network;
 mod papers;
 mod registry;
