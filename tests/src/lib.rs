@@ -41,7 +41,7 @@ pub use host::{
     told_on,
 };
 pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
-pub use processes::{VmmProcess, vmms_of};
+pub use processes::{VmmProcess, pagers_of, vmms_of};
 pub use server::{Server, ServerOptions};
 pub use sse::{EventStream, LogStream};
 pub use token::{Claims, mint, mint_with};

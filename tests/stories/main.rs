@@ -29,6 +29,7 @@ mod logs;
 mod lookup;
 mod matrix;
 mod network;
+mod paging;
 mod papers;
 mod registry;
 mod service;
