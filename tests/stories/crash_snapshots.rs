@@ -2,40 +2,21 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Guest, Server, encode, eventually, have, skip_unless};
+use hypeman_tests::{Guest, Server, any_hypervisor, encode, eventually, have, skip_unless};
 use serde_json::{Value, json};
 
 use crate::crash::{cut, group, left_nothing, paths};
+use crate::snapshots::{self, counter};
 use crate::snapshots_schedules::turn;
 
 /// Counts in memory; what it has counted can't be had from any disk.
 async fn counting(server: &Server, overrides: Value) -> Guest {
     let image = server.busybox().await;
-    let guest = server.run(&image, overrides).await;
-    guest
-        .output(
-            "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
-             >/dev/null 2>&1 </dev/null &",
-        )
-        .await;
-    eventually("it counts", || async {
-        guest.shell("test -s /dev/shm/count").await.exit_code == 0
-    })
-    .await;
-    guest
+    snapshots::counting(server, &image, overrides).await
 }
 
-async fn count(guest: &Guest) -> u64 {
-    // The shell empties the file before it writes to it.
-    let text = guest
-        .output("until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n")
-        .await;
-    text.parse()
-        .unwrap_or_else(|_| panic!("a number instead of {text:?}"))
-}
-
-/// Whatever was cut: the guest is where it was or where it should be, and has forgotten nothing.
-async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) {
+/// Whatever was cut: the guest is where it was or where it should be, and has forgotten nothing. How far it has counted.
+async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) -> u64 {
     let shown = guest
         .wait_until("it settles", |instance| {
             instance["state"] == "Running" || instance["state"] == "Standby"
@@ -50,10 +31,9 @@ async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) {
         server.client().post_empty(&restore).await.expect(200);
         guest.wait_for("Running").await;
     }
-    let now = count(guest).await;
-    assert!(now >= at_least, "{point}: {now} after {at_least}");
-    eventually("it goes on counting", || async { count(guest).await > now }).await;
+    let now = snapshots::goes_on(guest, at_least).await;
     assert_eq!(server.vmms().len(), 1, "{point}");
+    now
 }
 
 async fn post(client: hypeman_tests::Client, path: String, body: Value) {
@@ -62,7 +42,7 @@ async fn post(client: hypeman_tests::Client, path: String, body: Value) {
         .await;
 }
 
-async fn snapshots(server: &Server) -> Vec<String> {
+async fn stored(server: &Server) -> Vec<String> {
     let listed = server.client().get("/snapshots").await.expect(200).json();
     let ids = listed.as_array().unwrap().iter();
     ids.map(|snapshot| snapshot["id"].as_str().unwrap().to_owned())
@@ -71,7 +51,7 @@ async fn snapshots(server: &Server) -> Vec<String> {
 
 /// What is listed is whole.
 async fn all_verify(server: &Server, point: &str) {
-    for id in snapshots(server).await {
+    for id in stored(server).await {
         let path = format!("/snapshots/{id}/verify");
         let verified = server.client().post_empty(&path).await.expect(200).json();
         assert!(verified["damage"].is_null(), "{point}: {verified}");
@@ -79,7 +59,7 @@ async fn all_verify(server: &Server, point: &str) {
 }
 
 async fn delete_all(server: &Server) {
-    for id in snapshots(server).await {
+    for id in stored(server).await {
         server
             .client()
             .delete(&format!("/snapshots/{id}"))
@@ -112,18 +92,22 @@ async fn nothing_left(server: &Server, before: &BTreeSet<String>, point: &str) {
 
 #[tokio::test]
 async fn standby_is_cut_at_each_step() {
+    standby_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn standby_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
     let path = format!("/instances/{}/standby", guest.id);
     let points = group("standby.").chain(group("memory.").filter(|point| point.contains("capture")));
+    let mut counted = counter(&guest).await;
     for point in points {
-        let before = count(&guest).await;
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({})).await
         })
         .await;
-        goes_on(&server, &guest, before, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
     }
     guest.delete().await;
     eventually("no memory is left", || async {
@@ -137,11 +121,15 @@ async fn standby_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn restore_is_cut_at_each_step() {
+    restore_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn restore_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
+    let mut counted = counter(&guest).await;
     for point in group("restore.") {
-        let before = count(&guest).await;
         let path = format!("/instances/{}", guest.id);
         server
             .client()
@@ -152,26 +140,30 @@ async fn restore_is_cut_at_each_step() {
             post(client, format!("{path}/restore"), json!({})).await;
         })
         .await;
-        goes_on(&server, &guest, before, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
     }
     guest.delete().await;
 }
 
 #[tokio::test]
 async fn capture_is_cut_at_each_step() {
+    capture_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn capture_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
     let before = paths(server.data_directory());
     let path = format!("/instances/{}/snapshots", guest.id);
+    let mut counted = counter(&guest).await;
     let memory = group("memory.").filter(|point| point.contains("capture"));
     for point in group("capture.").chain(group("snapshot.")).chain(memory) {
-        let counted = count(&guest).await;
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({"kind": "Standby"})).await;
         })
         .await;
-        goes_on(&server, &guest, counted, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
         all_verify(&server, point).await;
         delete_all(&server).await;
         nothing_left(&server, &before, point).await;
@@ -205,10 +197,14 @@ async fn deleting_a_snapshot_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn restoring_a_snapshot_is_cut_at_each_step() {
+    restoring_a_snapshot_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn restoring_a_snapshot_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
-    let counted = count(&guest).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
+    let counted = counter(&guest).await;
     let id = take(&server, &guest, json!({"kind": "Standby"})).await;
     let path = format!("/instances/{}", guest.id);
     for point in group("rewind.") {
@@ -229,9 +225,13 @@ async fn restoring_a_snapshot_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn fork_is_cut_at_each_step() {
+    fork_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn fork_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({"name": "origin"})).await;
+    let guest = counting(&server, json!({"name": "origin", "hypervisor": hypervisor})).await;
     let id = take(&server, &guest, json!({"kind": "Standby"})).await;
     guest.delete().await;
     let before = paths(server.data_directory());
@@ -267,15 +267,19 @@ async fn fork_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn a_fork_of_a_running_guest_is_cut_at_each_step() {
+    a_fork_of_a_running_guest_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn a_fork_of_a_running_guest_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({"name": "origin"})).await;
+    let guest = counting(&server, json!({"name": "origin", "hypervisor": hypervisor})).await;
     let before = paths(server.data_directory());
     let path = format!("/instances/{}/fork", guest.id);
     let body = json!({"name": "child", "from_running": true});
+    let mut counted = counter(&guest).await;
     let taken = group("capture.").filter(|point| !point.contains("standby"));
     for point in taken.chain(group("fork.")) {
-        let counted = count(&guest).await;
         cut(&mut server, point, async |client| {
             post(client, path.clone(), body.clone()).await;
         })
@@ -289,8 +293,8 @@ async fn a_fork_of_a_running_guest_is_cut_at_each_step() {
                 child.delete().await;
             }
         }
-        goes_on(&server, &guest, counted, point).await;
-        assert_eq!(snapshots(&server).await, Vec::<String>::new(), "{point}");
+        counted = goes_on(&server, &guest, counted, point).await;
+        assert_eq!(stored(&server).await, Vec::<String>::new(), "{point}");
         nothing_left(&server, &before, point).await;
     }
 }
@@ -325,12 +329,12 @@ async fn cutting_down_what_others_have_frames_of_is_cut_at_each_step() {
                 .await;
         })
         .await;
-        assert_eq!(snapshots(&server).await, std::slice::from_ref(&second), "{point}");
+        assert_eq!(stored(&server).await, std::slice::from_ref(&second), "{point}");
         all_verify(&server, point).await;
         let fork = format!("/snapshots/{second}/fork");
         let forked = server.client().post(&fork, &json!({"name": "child"})).await;
         let child = server.guest(forked.expect(201).json()["id"].as_str().unwrap());
-        assert!(count(&child).await > 0);
+        assert!(counter(&child).await > 0);
         child.delete().await;
         delete_all(&server).await;
         nothing_left(&server, &before, point).await;
@@ -342,7 +346,7 @@ async fn import_is_cut_at_each_step() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"name": "origin"})).await;
-    let counted = count(&guest).await;
+    let counted = counter(&guest).await;
     let id = take(&server, &guest, json!({"kind": "Standby"})).await;
     let path = format!("/snapshots/{id}/export");
     let file = server.client().get(&path).await.expect(200).body;
@@ -370,7 +374,7 @@ async fn import_is_cut_at_each_step() {
             client.try_send(request).await;
         })
         .await;
-        let listed = snapshots(&server).await;
+        let listed = stored(&server).await;
         assert_eq!(
             listed.len(),
             usize::from(point == "snapshot.committed"),
@@ -407,7 +411,7 @@ async fn compression_is_cut_at_each_step_and_goes_on() {
             post(client, path.clone(), body).await;
         })
         .await;
-        let listed = snapshots(&server).await;
+        let listed = stored(&server).await;
         assert_eq!(
             listed.len(),
             1,
@@ -474,13 +478,13 @@ async fn a_scheduled_run_is_cut_at_each_step_and_neither_lost_nor_doubled() {
         server.start_again_with(vec![turned]).await;
         eventually("the run that was cut is over", || async {
             let shown = server.client().get(&path).await.expect(200).json();
-            let made = snapshots(&server).await;
+            let made = stored(&server).await;
             made.len() > run && shown["last_snapshot_id"] == made[0]
         })
         .await;
         goes_on(&server, &guest, 0, point).await;
         all_verify(&server, point).await;
-        let made = snapshots(&server).await;
+        let made = stored(&server).await;
         assert_eq!(made.len(), run + 1, "{point}: a run was lost or doubled");
     }
     guest.delete().await;
