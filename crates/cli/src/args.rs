@@ -19,6 +19,7 @@ Exit codes:
 Environment:
   HYPEMAN_BASE_URL  address of the server (default http://localhost:8080)
   HYPEMAN_API_KEY   bearer token (make one with `hypeman token create`)
+  DOCKER_HOST       where `push` finds the local Docker (default unix:///var/run/docker.sock)
   NO_COLOR          no colours on a terminal
 
 Files:

@@ -15,6 +15,7 @@ pub mod client;
 pub mod commands;
 pub mod config;
 pub mod copy;
+mod docker;
 mod doctor;
 pub mod document;
 pub mod error;

@@ -332,7 +332,7 @@ fn lists_of_snapshots_have_every_format() {
     )]);
     for command in ["list", "tree"] {
         let run = |more: &[&str]| {
-            let arguments = [&["snapshot", command, "--base-url", &base], more].concat();
+            let arguments = [&["snapshot", command, "--base-url", &base][..], more].concat();
             out(&program.run(&arguments))
         };
         assert!(run(&[]).contains(id), "{command}");
