@@ -8,6 +8,7 @@
 
 mod auth;
 mod distribution;
+mod helpers;
 mod parallel;
 mod pull;
 mod push;
