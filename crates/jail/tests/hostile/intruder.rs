@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use libc::{c_int, c_long};
@@ -87,6 +88,9 @@ fn attempts() {
     if let Some(path) = order("memory") {
         return memory(path);
     }
+    if let Some(number) = order("line") {
+        return later(number, &order);
+    }
     files(&order);
     rights(&order);
     network(&order);
@@ -96,6 +100,28 @@ fn attempts() {
 }
 
 type Orders<'a> = &'a dyn Fn(&str) -> Option<&'a str>;
+
+/// Looks, says that it did, waits until more was shown, and looks again.
+fn later(number: &str, order: Orders<'_>) {
+    // SAFETY: it was kept open for this, and nobody else uses it.
+    let mut line = unsafe { UnixStream::from_raw_fd(number.parse().unwrap()) };
+    let [own, shared, secret] = ["own", "shared", "secret"].map(|name| order(name).unwrap());
+    attempt("early read", fs::read(own));
+    line.write_all(b"?").unwrap();
+    line.read_exact(&mut [0]).unwrap();
+    attempt("read of its own", fs::read(own));
+    attempt("write to its own", File::options().write(true).open(own));
+    attempt("removal of its own", fs::remove_file(own));
+    attempt("read of what is shared", fs::read(shared));
+    attempt(
+        "write to what is shared",
+        File::options().write(true).open(shared),
+    );
+    attempt("read of what lies beside", fs::read(secret));
+    let directory = Path::new(own).parent().unwrap();
+    list("list beside", directory.to_str().unwrap());
+    attempt("make of a file beside", File::create(directory.join("file")));
+}
 
 fn files(order: Orders<'_>) {
     if let Some(path) = order("read") {
@@ -324,7 +350,7 @@ fn memory(path: &str) {
         // SAFETY: a string with its end.
         let number = checked(unsafe { libc::open(text.as_ptr(), libc::O_RDWR) })?;
         // SAFETY: it was opened just now, for this.
-        Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(number) })
+        Ok(unsafe { File::from_raw_fd(number) })
     };
     attempt(
         "memory by another name",

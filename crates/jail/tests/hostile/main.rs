@@ -5,11 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 mod intruder;
+mod later;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,6 +83,18 @@ impl Scene {
 
     /// Lets the intruder do what the orders say; its lines, and what confined it.
     fn intrude(&self, spec: &JailSpec, orders: &[(&str, String)], memory: Option<Memory>) -> Intrusion {
+        let confined = self.start(spec, orders, &[], memory);
+        self.finish(confined)
+    }
+
+    /// Starts the intruder.
+    fn start(
+        &self,
+        spec: &JailSpec,
+        orders: &[(&str, String)],
+        keep: &[OwnedFd],
+        memory: Option<Memory>,
+    ) -> Confined {
         let work = self.data().join("one/work");
         let text: Vec<String> = orders
             .iter()
@@ -89,8 +102,7 @@ impl Scene {
             .collect();
         fs::write(work.join("orders"), text.join("\n")).unwrap();
         fs::set_permissions(work.join("orders"), fs::Permissions::from_mode(0o644)).unwrap();
-        let output = self.directory.path().join("output");
-        let file = File::create(&output).unwrap();
+        let file = File::create(self.output()).unwrap();
         let arguments = [
             "--exact",
             "intruder::attempts",
@@ -99,22 +111,25 @@ impl Scene {
             "--test-threads=1",
         ];
         let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
-        let confined = self
-            .jail
-            .spawn(
-                spec,
-                Launch {
-                    program: &std::env::current_exe().unwrap(),
-                    arguments: &arguments,
-                    directory: &work,
-                    output: file.as_fd(),
-                    keep: &[],
-                    memory,
-                },
-            )
-            .unwrap();
+        let launch = Launch {
+            program: &std::env::current_exe().unwrap(),
+            arguments: &arguments,
+            directory: &work,
+            output: file.as_fd(),
+            keep,
+            memory,
+        };
+        self.jail.spawn(spec, launch).unwrap()
+    }
+
+    fn output(&self) -> PathBuf {
+        self.directory.path().join("output")
+    }
+
+    /// Waits for its end, and reads what it said.
+    fn finish(&self, confined: Confined) -> Intrusion {
         waitpid(Pid::from_raw(confined.pid as i32), WaitOptions::empty()).unwrap();
-        let text = fs::read_to_string(output).unwrap();
+        let text = fs::read_to_string(self.output()).unwrap();
         let outcomes = text
             .lines()
             .filter_map(|line| line.rsplit_once("TRIED ").map(|(_, rest)| rest))
