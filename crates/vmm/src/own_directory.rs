@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 
 use crate::VmmError;
 use crate::files::io_error;
+use crate::tree::remove_tree;
 
 const NAME: &str = "vmm";
 
@@ -55,10 +56,7 @@ impl OwnDirectory {
 
     /// Removes it with all that is in it.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove_tree(&self.path)
     }
 
     /// Writes a file that the VMM can read; nobody else can enter the directory.
