@@ -137,7 +137,79 @@ pub(crate) fn program_files(program: &Path) -> Vec<Show> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    use rustix::fs::MemfdFlags;
+
     use super::*;
+    use crate::process::stand_in::StandIn;
+
+    /// Memory as it is laid out for a restore: nobody can write to it any more.
+    fn sealed_memory() -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let mut memory = File::from(rustix::fs::memfd_create("memory", flags).unwrap());
+        memory.write_all(b"guest memory").unwrap();
+        rustix::fs::fcntl_add_seals(&memory, rustix::fs::SealFlags::WRITE).unwrap();
+        memory
+    }
+
+    #[tokio::test]
+    async fn it_sees_the_files_of_its_machine_with_the_rights_that_it_needs() {
+        let Some(mut stand_in) = StandIn::new() else {
+            return;
+        };
+        let memory = sealed_memory();
+        let number = memory.as_raw_fd();
+        stand_in.spec.memory =
+            MemoryBacking::Private(format!("/proc/{}/fd/{number}", std::process::id()).into());
+        let own = stand_in.own();
+        let directory = stand_in.path("");
+        let script = |start: &ByName| {
+            let MemoryBacking::Private(memory) = &start.memory else {
+                panic!("{:?}", start.memory);
+            };
+            let (directory, memory) = (directory.display(), memory.display());
+            format!(
+                r#"
+                read_it() {{ cat "$1" > /dev/null 2>&1; }}
+                change() {{ (echo more >> "$1") 2> /dev/null; }}
+                for name in kernel initramfs root disk secret; do
+                    read_it {directory}/$name && echo "reads $name"
+                    change {directory}/$name && echo "changes $name"
+                done
+                change {directory}/run/file && echo "makes files beside its own"
+                change file && echo "makes files of its own"
+                change {memory}
+                echo "memory: $(cat {memory})"
+                echo "sees:" $(ls {directory})
+                test -e /dev/net/tun && echo "sees tun"
+                test -e /etc/shadow && echo "sees passwords"
+                true
+                "#
+            )
+        };
+        let said = stand_in.run(&own, script).await;
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                "reads kernel",
+                "reads initramfs",
+                "reads root",
+                "reads disk",
+                "changes disk",
+                "makes files of its own",
+                "memory: guest memory",
+                "sees: disk initramfs kernel root run",
+            ]
+        );
+        let mut content = [0; 12];
+        memory.read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(&content, b"guest memory");
+        assert_eq!(fs::read(stand_in.path("root")).unwrap(), b"root");
+        assert_eq!(fs::read(stand_in.path("disk")).unwrap(), b"diskmore\n");
+    }
 
     #[test]
     fn what_belongs_to_a_program_comes_with_it() {
