@@ -27,6 +27,7 @@ mod registry;
 mod rest;
 mod socket;
 mod spec;
+mod tap;
 mod tree;
 mod turn;
 mod workload_log;

@@ -6,6 +6,7 @@
 
 mod intruder;
 mod later;
+mod tap;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,9 +16,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hypeman_jail::{
-    Confined, Item, Jail, JailOptions, JailSpec, Launch, Limits, Memory, Mode, Network, Show,
-};
+use hypeman_jail::{Confined, Item, Jail, JailOptions, JailSpec, Launch, Lent, Limits, Memory, Mode, Show};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 const FILE_LIMIT: u64 = 1 << 20;
@@ -69,7 +68,6 @@ impl Scene {
                 Show::own(one.join("work")),
             ],
             devices: vec!["/dev/kvm".into()],
-            network: Network::Empty,
             limits: Limits {
                 file_bytes: Some(FILE_LIMIT),
                 descriptors: Some(DESCRIPTORS),
@@ -82,8 +80,8 @@ impl Scene {
     }
 
     /// Lets the intruder do what the orders say; its lines, and what confined it.
-    fn intrude(&self, spec: &JailSpec, orders: &[(&str, String)], memory: Option<Memory>) -> Intrusion {
-        let confined = self.start(spec, orders, &[], memory);
+    fn intrude(&self, spec: &JailSpec, orders: &[(&str, String)], lent: Option<Lent>) -> Intrusion {
+        let confined = self.start(spec, orders, &[], lent);
         self.finish(confined)
     }
 
@@ -93,7 +91,7 @@ impl Scene {
         spec: &JailSpec,
         orders: &[(&str, String)],
         keep: &[OwnedFd],
-        memory: Option<Memory>,
+        lent: Option<Lent>,
     ) -> Confined {
         let work = self.data().join("one/work");
         let text: Vec<String> = orders
@@ -117,7 +115,7 @@ impl Scene {
             directory: &work,
             output: file.as_fd(),
             keep,
-            memory,
+            lent,
         };
         self.jail.spawn(spec, launch).unwrap()
     }
@@ -307,17 +305,6 @@ fn no_network_is_in_reach() {
     if tried.has(Item::UtsNamespace) {
         tried.expect("host name", &["hypeman"]);
     }
-
-    // A VMM that opens its TAP by name stays in the host's network, and the report says so.
-    let spec = JailSpec {
-        network: Network::Host,
-        ..scene.spec()
-    };
-    let tried = scene.intrude(&spec, &orders, None);
-    tried.expect("a connection to the host", &["done"]);
-    tried.expect("a raw socket", &["EPERM", "EACCES"]);
-    assert!(!tried.confined.report.active.contains(&Item::NetworkNamespace));
-    assert!(tried.confined.report.missing_text().contains("network-namespace"));
 }
 
 #[test]
@@ -352,10 +339,10 @@ fn what_it_uses_is_limited() {
 fn memory_is_handed_over_once_and_cannot_be_written_to() {
     let Some(scene) = scene() else { return };
     let path = scene.data().join("other/memory");
-    let memory = Memory {
+    let memory = Lent::Memory(Memory {
         path: path.clone(),
         file: File::open(&path).unwrap(),
-    };
+    });
     let orders = [("memory", path.display().to_string())];
     let tried = scene.intrude(&scene.spec(), &orders, Some(memory));
     tried.expect("memory by another name", &["ENOENT"]);
@@ -383,7 +370,7 @@ fn two_jails_have_two_users_and_a_user_is_free_when_its_process_is_gone() {
             directory: Path::new("/"),
             output: output.as_fd(),
             keep: &[],
-            memory: None,
+            lent: None,
         };
         scene.jail.spawn(&JailSpec::default(), launch).unwrap()
     };
@@ -411,7 +398,7 @@ fn a_program_that_cannot_run_says_at_which_step() {
         directory: Path::new("/"),
         output: output.as_fd(),
         keep: &[],
-        memory: None,
+        lent: None,
     };
     let error = scene
         .jail

@@ -3,7 +3,7 @@
 //! ```text
 //!  its own directory ─► shown, its own       root disk, kernel, memory ─► shown, read-only
 //!  writable disks    ─► shown, its own       memory without a name     ─► a descriptor, `/proc/self/fd/N`
-//!  TAP               ─► by name, in the host's network
+//!  TAP               ─► opened by us when it asks
 //! ```
 //!
 //! Each thing is shown under the name that it has on the host, so that what a device state says of disks is the same
@@ -14,12 +14,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hypeman_jail::{Access, Grant, Jail, JailSpec, Network, Report, Restraint, Show};
+use hypeman_jail::{Access, Grant, Jail, JailSpec, Lent, Report, Restraint, Show, Tap};
 
 use super::{Confinement, confine::confines, confine::limits};
 use crate::files::io_error;
 use crate::own_directory::OwnDirectory;
-use crate::{MachineSpec, MemoryBacking, VmmError};
+use crate::{MachineSpec, MemoryBacking, VmmError, VmmKind, tap};
 
 /// How such a VMM is started.
 #[derive(Debug)]
@@ -35,10 +35,11 @@ pub(crate) struct ByName {
 }
 
 impl ByName {
-    /// Decides it, and opens what has no name. `boots`: it reads kernel and initramfs. `written`: the largest file
-    /// besides disks that it writes.
+    /// Decides it, and opens the TAP and what has no name. `boots`: it reads kernel and initramfs. `written`: the
+    /// largest file besides disks that it writes.
     pub(crate) async fn prepare(
         jail: &Arc<Jail>,
+        kind: VmmKind,
         program: &Path,
         machine: &MachineSpec,
         own: &OwnDirectory,
@@ -91,20 +92,22 @@ impl ByName {
                 devices.push(PathBuf::from("/dev/userfaultfd"));
             }
         }
-        let mut network = Network::Empty;
-        if machine.nic.is_some() {
-            devices.push(PathBuf::from("/dev/net/tun"));
-            network = Network::Host;
-        }
+        let lent = match &machine.nic {
+            None => None,
+            Some(nic) => Some(Lent::Tap(Tap {
+                file: tap::open(&nic.tap)?.into(),
+                name: nic.tap.clone(),
+                described: kind == VmmKind::CloudHypervisor,
+            })),
+        };
         start.jail = Some(Confinement {
             jail: Arc::clone(jail),
             spec: JailSpec {
                 show,
                 devices,
-                network,
                 limits,
             },
-            memory: None,
+            lent,
         });
         Ok(start)
     }
@@ -140,9 +143,11 @@ mod tests {
     use std::io::Write;
     use std::os::unix::fs::FileExt;
 
+    use hypeman_jail::Item;
     use rustix::fs::MemfdFlags;
 
     use super::*;
+    use crate::Nic;
     use crate::process::stand_in::StandIn;
 
     /// Memory as it is laid out for a restore: nobody can write to it any more.
@@ -209,6 +214,32 @@ mod tests {
         assert_eq!(&content, b"guest memory");
         assert_eq!(fs::read(stand_in.path("root")).unwrap(), b"root");
         assert_eq!(fs::read(stand_in.path("disk")).unwrap(), b"diskmore\n");
+    }
+
+    #[tokio::test]
+    async fn with_a_network_it_sees_neither_that_of_the_host_nor_the_device_of_taps() {
+        let Some(mut stand_in) = StandIn::new() else {
+            return;
+        };
+        let name = format!("hn{}", std::process::id());
+        if let Err(error) = tap::open(&name) {
+            println!("SKIPPED: no TAP here: {error}");
+            return;
+        }
+        stand_in.spec.nic = Some(Nic {
+            tap: name,
+            mac: "02:00:00:00:00:01".to_owned(),
+        });
+        let script = r#"
+            test -e /dev/net && echo "sees the device"
+            echo "interfaces:" $(tail -n +3 /proc/self/net/dev | cut -d: -f1)
+        "#;
+        let said = stand_in.run(&stand_in.own(), |_| script.to_owned()).await;
+        if !stand_in.jail.report().active.contains(&Item::NetworkNamespace) {
+            println!("SKIPPED: {}", stand_in.jail.report().missing_text());
+            return;
+        }
+        assert_eq!(said, "interfaces: lo\n");
     }
 
     #[test]

@@ -11,13 +11,13 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 use super::{ByName, Detached, spawn_detached};
 use crate::files::append_only;
 use crate::own_directory::OwnDirectory;
-use crate::{Disk, MachineSpec, MemoryBacking};
+use crate::{Disk, MachineSpec, MemoryBacking, VmmKind};
 
 /// A machine and what its VMM would be started with.
 pub(crate) struct StandIn {
     directory: tempfile::TempDir,
     pub(crate) spec: MachineSpec,
-    jail: Arc<Jail>,
+    pub(crate) jail: Arc<Jail>,
 }
 
 impl StandIn {
@@ -81,7 +81,8 @@ impl StandIn {
 
     /// Lets it carry out a script to its end, and returns what it said.
     pub(crate) async fn run(&self, own: &OwnDirectory, script: impl FnOnce(&ByName) -> String) -> String {
-        let prepared = ByName::prepare(&self.jail, Path::new("/bin/sh"), &self.spec, own, true, 0).await;
+        let (kind, program) = (VmmKind::Firecracker, Path::new("/bin/sh"));
+        let prepared = ByName::prepare(&self.jail, kind, program, &self.spec, own, true, 0).await;
         let start = prepared.unwrap();
         let arguments = vec!["-c".into(), script(&start).into()];
         let spawned = spawn_detached(Detached {
