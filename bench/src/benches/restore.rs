@@ -45,7 +45,7 @@ impl<'a> Bench<'a> {
             server,
             image,
             content: Content::read(SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0))?,
-            bare: BareVmms::new(place)?,
+            bare: BareVmms::new(context, place)?,
             suffix: place.suffix,
         })
     }
