@@ -16,7 +16,7 @@ pub enum Source {
     /// A sparse file with each page at its own offset.
     Raw(File),
     /// An image of a store; what is read is verified.
-    Framed(MemoryReader),
+    Framed(Box<MemoryReader>),
 }
 
 /// What one thread needs to read chunks.
@@ -96,7 +96,7 @@ pub fn copy(from: &File, to: &File) -> io::Result<()> {
         let starts = (extent.start..extent.end).step_by(CHUNK_BYTES);
         pieces.extend(starts.map(|start| start..extent.end.min(start + step)));
     }
-    let buffer = || vec![0; CHUNK_BYTES];
+    let buffer = || vec![0_u8; CHUNK_BYTES];
     on_all_cores(pieces.len(), buffer, |number, buffer| {
         let Range { start, end } = pieces[number];
         let buffer = &mut buffer[..(end - start) as usize];

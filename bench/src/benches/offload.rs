@@ -252,7 +252,10 @@ impl<'a> Bench<'a> {
         let spec = self.captured.spec(1)?;
         let began = Instant::now();
         let source = match framed {
-            true => Source::Framed(MemoryReader::open(self.root.path(), self.framed).map_err(failed)?),
+            true => {
+                let reader = MemoryReader::open(self.root.path(), self.framed).map_err(failed)?;
+                Source::Framed(Box::new(reader))
+            }
             false => Source::Raw(open(&self.captured.memory)?),
         };
         let key = &self.captured.key;
