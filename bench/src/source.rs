@@ -157,14 +157,11 @@ fn on_all_cores<State>(
                 })
             })
             .collect();
-        running
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
-            })
-            .collect()
+        running.into_iter().try_for_each(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+        })
     })
 }
 

@@ -277,24 +277,47 @@ impl<'a> Bench<'a> {
             }
             calm.look();
         }
-        let rows: [(&str, &[Taken], fn(&Taken) -> Duration); 3] = [
-            ("capture, memory left in place", booted.as_slice(), |taken| {
-                taken.in_hand
-            }),
-            ("capture, all of memory copied", booted.as_slice(), |taken| {
-                taken.copied
-            }),
-            ("capture of a restored guest, copied", later.as_slice(), |taken| {
-                taken.copied
-            }),
-        ];
-        for (what, ours, of) in rows {
-            let name = format!("{what}, {}", self.shape.name);
-            let [ours, theirs] =
-                [ours, theirs.as_slice()].map(|runs| runs.iter().map(of).collect::<Sample>());
-            section.judged(&name, &ours, &theirs, Goal::None, &calm);
-        }
+        let in_hand = |taken: &Taken| taken.in_hand;
+        let copied = |taken: &Taken| taken.copied;
+        self.capture_row(
+            section,
+            &calm,
+            "capture, memory left in place",
+            &booted,
+            &theirs,
+            in_hand,
+        );
+        self.capture_row(
+            section,
+            &calm,
+            "capture, all of memory copied",
+            &booted,
+            &theirs,
+            copied,
+        );
+        self.capture_row(
+            section,
+            &calm,
+            "capture of a restored guest, copied",
+            &later,
+            &theirs,
+            copied,
+        );
         Ok(())
+    }
+
+    fn capture_row(
+        &self,
+        section: &mut Section,
+        calm: &Calm,
+        what: &str,
+        ours: &[Taken],
+        theirs: &[Taken],
+        of: impl Fn(&Taken) -> Duration,
+    ) {
+        let [ours, theirs] = [ours, theirs].map(|runs| runs.iter().map(&of).collect::<Sample>());
+        let name = format!("{what}, {}", self.shape.name);
+        section.judged(&name, &ours, &theirs, Goal::None, calm);
     }
 
     /// Our way. `all`: the memory is the process's own, as after a boot; else what did not change is the file's.
