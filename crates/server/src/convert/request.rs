@@ -11,8 +11,8 @@ use hypeman_core::{bandwidth, duration, name, rate, size, tags, time};
 use hypeman_engine::{CreateInstance, Expiry, InstanceUpdate, NetworkRequest, StartOverrides};
 use jiff::Timestamp;
 
+use super::compression;
 use super::instance::hypervisor_to_engine;
-use super::snapshot;
 use crate::error::{ApiError, ApiResult};
 
 const DEFAULT_SIZE: &str = "1GB";
@@ -64,7 +64,7 @@ pub fn create(request: api::CreateInstanceRequest, now: Timestamp) -> ApiResult<
     check_command("entrypoint", request.entrypoint.as_deref())?;
     check_command("cmd", request.cmd.as_deref())?;
     tags::check(&request.tags)?;
-    let snapshot_policy = snapshot::policy(request.snapshot_policy.as_ref())?;
+    let snapshot_policy = compression::policy(request.snapshot_policy.as_ref())?;
     Ok(CreateInstance {
         name: request.name,
         image: request.image,
