@@ -18,23 +18,29 @@
 )]
 
 mod client;
+mod clock;
 mod command;
 mod copy;
+mod counting;
 mod exec;
+mod files;
 mod guest;
 mod host;
 mod image;
 mod interrupt;
 mod processes;
 mod server;
+mod snapshot;
 mod sse;
 mod token;
 mod upstream;
 
 pub use client::{Client, Reply, encode};
+pub use clock::Clock;
 pub use command::{CommandLine, Finished};
 pub use copy::Entry;
 pub use exec::{ExecSession, Executed};
+pub use files::{files, flip};
 pub use guest::Guest;
 pub use host::{
     LoopDisk, any_hypervisor, have, hypervisors, is_root, kernel, kvm_kernel, offers, repository,
@@ -42,6 +48,7 @@ pub use host::{
 pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
 pub use processes::{VmmProcess, vmms_of};
 pub use server::{Server, ServerOptions};
+pub use snapshot::Snapshot;
 pub use sse::{EventStream, LogStream};
 pub use token::{Claims, mint, mint_with};
 pub use upstream::Upstream;

@@ -33,6 +33,7 @@ mod registry;
 mod service;
 mod snapshots;
 mod snapshots_compression;
+mod snapshots_damage;
 mod snapshots_identity;
 mod snapshots_in_place;
 mod snapshots_many;
