@@ -71,6 +71,20 @@ where
     }
 }
 
+/// What the host may not be able to give; without it leaves the story and says why.
+#[macro_export]
+macro_rules! or_skip {
+    ($given:expr, $($reason:tt)+) => {
+        match $given {
+            Some(given) => given,
+            None => {
+                eprintln!("SKIPPED: {}", format!($($reason)+));
+                return;
+            }
+        }
+    };
+}
+
 /// Leaves the story when the host lacks something, and says so.
 #[macro_export]
 macro_rules! skip_unless {

@@ -262,6 +262,12 @@ impl Server {
         self.client.get(&path).await.expect(200).json()
     }
 
+    /// Deletes an image.
+    pub async fn delete_image(&self, name: &str) {
+        let path = format!("/images/{}", encode(name));
+        self.client.delete(&path).await.expect(204);
+    }
+
     /// Pushes the busybox image; its full name.
     pub async fn busybox(&self) -> String {
         let image = ImageBuilder::busybox()

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Client, Clock, Guest, Server, Snapshot, encode, eventually, have, skip_unless};
+use hypeman_tests::{Client, Clock, Guest, Server, Snapshot, eventually, have, skip_unless};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -35,14 +35,12 @@ async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) {
 
 /// Asks for something that the server's death may cut.
 async fn post(client: Client, path: String, body: Value) {
-    let request = client.request(Method::POST, &path).json(&body);
-    client.try_send(request).await;
+    client.try_post(&path, &body).await;
 }
 
 /// Asks for the end of a snapshot, which the server's death may cut.
 async fn delete(client: Client, snapshot: &Snapshot) {
-    let request = client.request(Method::DELETE, &snapshot.path(""));
-    client.try_send(request).await;
+    client.try_delete(&snapshot.path("")).await;
 }
 
 /// What is listed is whole.
@@ -270,11 +268,8 @@ async fn import_is_cut_at_each_step() {
     let file = exported.expect(200).body;
     guest.delete().await;
     delete_all(&server).await;
-    let image = format!(
-        "/images/{}",
-        encode(&format!("{}/stories/busybox:1", server.host()))
-    );
-    server.client().delete(&image).await.expect(204);
+    let image = format!("{}/stories/busybox:1", server.host());
+    server.delete_image(&image).await;
     server.emptied(&["memory", "snapshots"]).await;
     let before = paths(server.data_directory());
     let memory = group("memory.").filter(|point| point.contains("capture"));

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Guest, LoopDisk, Reply, Server, eventually, have, skip_unless};
+use hypeman_tests::{Guest, LoopDisk, Reply, Server, eventually, have, or_skip, skip_unless};
 use serde_json::json;
 
 use crate::crash::paths;
@@ -100,10 +100,7 @@ async fn count_of(server: &Server, list: &str) -> usize {
 #[tokio::test]
 async fn a_guest_that_cannot_be_captured_runs_on() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(512) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
     let server = server_on(&disk).await;
     let image = server.busybox().await;
     let guest = busy(&server, &image).await;
@@ -169,10 +166,7 @@ const SLACK: u64 = 12 * MIB;
 #[tokio::test]
 async fn memory_that_cannot_be_compressed_for_want_of_space_stays_usable_and_is_compressed_later() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(512) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
     let server = server_on(&disk).await;
     let client = server.client();
     let image = server.busybox().await;
@@ -231,10 +225,7 @@ async fn memory_that_cannot_be_compressed_for_want_of_space_stays_usable_and_is_
 #[tokio::test]
 async fn what_was_kept_comes_back_from_a_full_disk_or_stays_as_it_is() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(512) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
     let server = server_on(&disk).await;
     let image = server.busybox().await;
     let guest = busy(&server, &image).await;

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::process::Command;
 
-use hypeman_tests::{Server, ServerOptions, have, is_root, skip_unless};
+use hypeman_tests::{Server, ServerOptions, have, is_root, or_skip, skip_unless};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::json;
 
@@ -87,10 +87,7 @@ async fn with_the_privilege_instances_get_an_address_apart_from_each_other() {
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     let before = Namespace::output(&["ip", "-o", "link"]);
     Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
     let server = Server::start().await;
@@ -142,10 +139,7 @@ async fn a_fork_never_speaks_under_the_address_of_its_source() {
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
     let server = Server::start().await;
     let image = server.busybox().await;
@@ -205,10 +199,7 @@ async fn a_fork_loses_the_connections_of_its_source_at_once_and_the_source_keeps
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     let server = Server::start().await;
     let image = server.busybox().await;
     for hypervisor in hypeman_tests::hypervisors() {

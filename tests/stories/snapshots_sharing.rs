@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hypeman_tests::{Guest, LoopDisk, Server, ServerOptions, eventually, have, hypervisors, skip_unless};
+use hypeman_tests::{
+    Guest, LoopDisk, Server, ServerOptions, eventually, have, hypervisors, or_skip, skip_unless,
+};
 use serde_json::json;
 
 /// Megabytes that the guest writes to its disk: far more than what a snapshot's other parts take.
@@ -60,10 +62,10 @@ async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
     skip_unless!(have("busybox"), "needs busybox-static");
     skip_unless!(have("filefrag"), "needs filefrag of e2fsprogs");
     skip_unless!(have("mkfs.xfs"), "needs mkfs.xfs of xfsprogs");
-    let Some(disk) = LoopDisk::mount_sharing(3072) else {
-        skip_unless!(false, "needs root, a loop device and a kernel with XFS");
-        return;
-    };
+    let disk = or_skip!(
+        LoopDisk::mount_sharing(3072),
+        "needs root, a loop device and a kernel with XFS"
+    );
     let server = Server::start_with(ServerOptions {
         data_directory: Some(disk.path().join("d")),
         settings: vec![("limits.min_free_disk", json!("1MB"))],

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use hypeman_tests::{
-    Client, Guest, LoopDisk, Reply, Server, ServerOptions, Snapshot, encode, eventually, have, mint,
+    Client, Guest, LoopDisk, Reply, Server, ServerOptions, Snapshot, eventually, have, mint, or_skip,
     skip_unless,
 };
 use reqwest::Method;
@@ -17,8 +17,7 @@ async fn counting(server: &Server) -> Guest {
 
 async fn delete_busybox(server: &Server) {
     let name = format!("{}/stories/busybox:1", server.host());
-    let path = format!("/images/{}", encode(&name));
-    server.client().delete(&path).await.expect(204);
+    server.delete_image(&name).await;
 }
 
 pub(crate) async fn export(server: &Server, snapshot: &Snapshot) -> PathBuf {
@@ -335,10 +334,7 @@ async fn an_export_is_whole_though_its_snapshot_is_compressed_and_deleted_meanwh
 #[tokio::test]
 async fn an_import_into_a_full_disk_fails_clearly_and_works_later() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(256) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(256), "needs root and a loop device");
     let server = Server::start().await;
     let guest = counting(&server).await;
     guest
