@@ -18,6 +18,7 @@
 mod answer;
 mod auth;
 mod credentials;
+mod meter;
 mod policy;
 mod progress;
 mod pull;
