@@ -12,11 +12,13 @@ use hypeman_guest_api::host::{ExecOutput, GuestClient};
 use hypeman_guest_api::{AgentKey, ExecRequest};
 use hypeman_store::{Store, StoreError};
 use hypeman_vmm::{
-    Disk, Machine, MachineSpec, MemoryBacking, Restore, StateIdentity, Vmm, VmmKind, VmmOptions, Vmms,
+    Disk, JailMode, JailOptions, Machine, MachineSpec, MemoryBacking, Restore, StateIdentity, Vmm, VmmKind,
+    VmmOptions, Vmms,
 };
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::place::Place;
 use crate::server::Server;
@@ -47,11 +49,12 @@ pub struct BareRestore<'a> {
 }
 
 impl BareVmms {
-    /// Looks at the host. Disks are copied to the place where the server has its own.
+    /// Looks at the host. Disks are copied to the place where the server has its own. Nothing confines these VMMs, and KVM
+    /// is trusted where the server trusts it.
     ///
     /// # Errors
     /// No runtime, no directory.
-    pub fn new(place: &Place) -> Result<Self> {
+    pub fn new(context: &Context, place: &Place) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
@@ -65,7 +68,14 @@ impl BareVmms {
         let folder = folder.map_err(|error| BenchError::io("make a directory", error))?;
         Ok(Self {
             runtime,
-            vmms: Vmms::detect(VmmOptions::default()),
+            vmms: Vmms::detect(VmmOptions {
+                trust_kvm: context.trusts_kvm(),
+                jail: JailOptions {
+                    mode: JailMode::Off,
+                    ..JailOptions::default()
+                },
+                ..VmmOptions::default()
+            }),
             folder,
         })
     }

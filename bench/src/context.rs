@@ -25,6 +25,16 @@ impl Context {
         if self.quick { quick } else { full.max(10) }
     }
 
+    /// Whether KVM is taken for good without an experiment: for hypervisors that cannot do without it.
+    pub fn trusts_kvm(&self) -> bool {
+        !self.hypervisor.starts_with("qemu")
+    }
+
+    /// Whether compressed memory comes page by page instead of being expanded first.
+    pub fn serves_pages(&self) -> bool {
+        self.hypervisor == "firecracker"
+    }
+
     /// Refuses when the binary has not been built.
     ///
     /// # Errors

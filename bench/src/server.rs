@@ -79,8 +79,11 @@ impl Server {
                     .map(|path| (key.to_owned(), path.display().to_string())),
             );
         }
-        if !context.hypervisor.starts_with("qemu") {
+        if context.trusts_kvm() {
             environment.push(("HYPERVISOR__TRUST_KVM".to_owned(), "true".to_owned()));
+        }
+        if context.serves_pages() {
+            environment.push(("HYPERVISOR__FIRECRACKER__PAGER".to_owned(), "auto".to_owned()));
         }
         let mut server = Self::launch(context.hypeman.clone(), data, environment)?;
         server.hypervisor.clone_from(&context.hypervisor);

@@ -61,6 +61,17 @@ pub fn hypervisors() -> Vec<&'static str> {
         .collect()
 }
 
+/// One hypervisor of each make that this host offers, for stories that take long on each: both boards of QEMU share what
+/// such stories are about.
+#[must_use]
+pub fn makes() -> Vec<&'static str> {
+    let mut kinds = hypervisors();
+    if kinds.contains(&"qemu") {
+        kinds.retain(|kind| *kind != "qemu-microvm");
+    }
+    kinds
+}
+
 /// The hypervisor of stories that do not care: `HYPEMAN_TEST_HYPERVISOR`, or QEMU.
 #[must_use]
 pub fn any_hypervisor() -> String {
@@ -69,6 +80,12 @@ pub fn any_hypervisor() -> String {
 
 fn chosen_hypervisor() -> Option<String> {
     std::env::var("HYPEMAN_TEST_HYPERVISOR").ok()
+}
+
+/// Whether a story of one kind of hypervisor is told: the host offers it, and no other one is looked at alone.
+#[must_use]
+pub fn told_on(kind: &str) -> bool {
+    chosen_hypervisor().is_none_or(|only| only == kind) && offers(kind)
 }
 
 /// Whether this host offers a kind of hypervisor; tells why not.

@@ -39,14 +39,16 @@ pub use client::{Client, Reply, encode};
 pub use clock::Clock;
 pub use command::{CommandLine, Finished};
 pub use copy::Entry;
+pub use counting::COUNTS_ON;
 pub use exec::{ExecSession, Executed};
 pub use files::{files, flip};
 pub use guest::Guest;
 pub use host::{
-    LoopDisk, any_hypervisor, have, hypervisors, is_root, kernel, kvm_kernel, offers, repository,
+    LoopDisk, any_hypervisor, have, hypervisors, is_root, kernel, kvm_kernel, makes, offers, repository,
+    told_on,
 };
 pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
-pub use processes::{VmmProcess, vmms_of};
+pub use processes::{VmmProcess, pagers_of, vmms_of};
 pub use server::{Server, ServerOptions};
 pub use snapshot::Snapshot;
 pub use sse::{EventStream, LogStream};

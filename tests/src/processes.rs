@@ -1,11 +1,11 @@
-//! The VMM processes of one data directory, found by what stands on their command lines.
+//! The VMM processes of one data directory, and their pagers, found by what stands on their command lines.
 
 use std::fs;
 use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// A running VMM.
+/// A running VMM, or a pager.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmmProcess {
     /// Process id.
@@ -17,6 +17,22 @@ pub struct VmmProcess {
 /// Every VMM whose command line names `data_directory`.
 #[must_use]
 pub fn vmms_of(data_directory: &Path) -> Vec<VmmProcess> {
+    let vmms = ["qemu-system", "cloud-hypervisor", "firecracker"];
+    processes_of(data_directory, |program, _| {
+        vmms.iter().any(|name| program.starts_with(name))
+    })
+}
+
+/// Every pager whose command line names `data_directory`.
+#[must_use]
+pub fn pagers_of(data_directory: &Path) -> Vec<VmmProcess> {
+    processes_of(data_directory, |program, words| {
+        program == "hypeman" && words.contains(" pager ")
+    })
+}
+
+/// Processes that name `data_directory`, by their program and their command line.
+fn processes_of(data_directory: &Path, wanted: impl Fn(&str, &str) -> bool) -> Vec<VmmProcess> {
     let needle = data_directory.to_string_lossy().into_owned();
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
@@ -28,10 +44,8 @@ pub fn vmms_of(data_directory: &Path) -> Vec<VmmProcess> {
             let words = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
             let command_line = String::from_utf8_lossy(&words).replace('\0', " ");
             let program = command_line.split(' ').next()?.rsplit('/').next()?.to_owned();
-            let is_vmm = ["qemu-system", "cloud-hypervisor", "firecracker"]
-                .iter()
-                .any(|name| program.starts_with(name));
-            (is_vmm && command_line.contains(&needle)).then_some(VmmProcess { pid, command_line })
+            let found = wanted(&program, &command_line) && command_line.contains(&needle);
+            found.then_some(VmmProcess { pid, command_line })
         })
         .collect()
 }

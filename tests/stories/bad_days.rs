@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use hypeman_tests::{EventStream, Guest, ImageBuilder, Server, have, is_root, offers, skip_unless};
+use hypeman_tests::{
+    EventStream, Guest, ImageBuilder, Server, have, hypervisors, is_root, offers, skip_unless,
+};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -216,33 +218,55 @@ async fn a_killed_vmm_and_a_panic_are_heard_by_those_who_listened_before() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_hangs_holds_up_nobody() {
+async fn a_vmm_that_hangs_is_shown_as_unknown_holds_up_nobody_and_can_be_stopped() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
     let client = server.client();
     let image = server.busybox().await;
-    let guest = server.run(&image, json!({"name": "hangs"})).await;
-    let vmm = server.vmms().remove(0);
-    vmm.signal(Signal::STOP);
-    for _ in 0..20 {
-        assert_eq!(
-            client
-                .get("/instances")
-                .await
-                .expect(200)
-                .json()
-                .as_array()
-                .unwrap()
-                .len(),
-            1
-        );
-        assert_eq!(client.get("/instances/hangs").await.status, 200);
-        assert_eq!(client.get("/instances/hangs/stats").await.status, 200);
-    }
     let other = server.run(&image, json!({"name": "other"})).await;
-    assert_eq!(other.output("echo fine").await, "fine");
+    for hypervisor in hypervisors() {
+        let before = server.vmms();
+        let guest = server
+            .run(&image, json!({"name": "hangs", "hypervisor": hypervisor}))
+            .await;
+        let mut vmms = server.vmms();
+        vmms.retain(|vmm| !before.contains(vmm));
+        let vmm = vmms.remove(0);
+        let is_told = |instance: &serde_json::Value| {
+            instance["state"] == "Unknown"
+                && instance["state_error"]
+                    .as_str()
+                    .is_some_and(|reason| reason.starts_with("the VMM did not answer"))
+        };
+        vmm.signal(Signal::STOP);
+        guest
+            .wait_until("its silence is told with the reason", is_told)
+            .await;
+        for _ in 0..20 {
+            let listed = client.get("/instances").await.expect(200).json();
+            assert_eq!(listed.as_array().unwrap().len(), 2);
+            assert_eq!(client.get("/instances/hangs").await.status, 200);
+            assert_eq!(client.get("/instances/hangs/stats").await.status, 200);
+        }
+        assert_eq!(other.output("echo fine").await, "fine");
+        // It may come to itself.
+        vmm.signal(Signal::CONT);
+        guest
+            .wait_until("it runs again", |instance| instance["state"] == "Running")
+            .await;
+        vmm.signal(Signal::STOP);
+        guest.wait_until("its silence is told again", is_told).await;
+        guest.stop().await;
+        assert!(!vmm.lives(), "a hanging {hypervisor} is ended by stop");
+        guest.delete().await;
+    }
+    let guest = server.run(&image, json!({"name": "hangs"})).await;
+    let mut vmms = server.vmms();
+    vmms.retain(|vmm| vmm.command_line.contains(&guest.id));
+    vmms[0].signal(Signal::STOP);
     guest.delete().await;
-    assert!(!vmm.lives(), "a hanging VMM is killed by delete");
+    assert!(!vmms[0].lives(), "a hanging VMM is killed by delete");
+    assert_eq!(other.output("echo fine").await, "fine");
 }
 
 #[tokio::test]

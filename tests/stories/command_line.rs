@@ -1,7 +1,11 @@
 //! The command line, as a user types it.
 
-use hypeman_tests::{ImageBuilder, Server, eventually, have, skip_unless};
+use std::path::Path;
+
+use hypeman_tests::{ImageBuilder, LayerBuilder, Server, eventually, have, skip_unless};
 use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
 
 #[tokio::test]
 async fn a_day_on_the_command_line() {
@@ -100,6 +104,108 @@ async fn a_day_on_the_command_line() {
     assert_eq!(cli.run(&["ps", "-a", "-q"]).await.ok(), "");
     cli.run(&["image", "delete", &image]).await.ok();
     assert_eq!(cli.run(&["image", "list", "-q"]).await.ok(), "");
+}
+
+#[tokio::test]
+async fn an_image_of_the_local_docker_is_pushed() {
+    let server = Server::start().await;
+    let saved = server.scratch().join("saved.tar");
+    ImageBuilder::empty()
+        .layer(LayerBuilder::default().file("content", 0o644, b"from docker"))
+        .cmd(&["/content"])
+        .build()
+        .write_archive(&saved, "1");
+    let home = tempfile::tempdir().unwrap();
+    let socket = home.path().join("docker.sock");
+    let daemon = docker_daemon(&socket, std::fs::read(&saved).unwrap());
+    let at = |socket: &Path| format!("unix://{}", socket.display());
+    let cli = server.command_line().with("DOCKER_HOST", &at(&socket));
+
+    let name = format!("{}/team/app:1", server.host());
+    assert_eq!(cli.run(&["push", "team/app:1"]).await.ok(), name);
+    let renamed = format!("{}/other:2", server.host());
+    assert_eq!(
+        cli.run(&["push", "local", "team/app:1", "other:2", "-q"])
+            .await
+            .ok(),
+        renamed
+    );
+    let listed = cli.run(&["image", "list", "-q"]).await.ok();
+    assert!(listed.contains(&name) && listed.contains(&renamed), "{listed}");
+
+    let refused = async |cli: &hypeman_tests::CommandLine, image: &str| {
+        let finished = cli.run(&["push", image]).await;
+        assert_eq!((finished.code, finished.stdout.as_str()), (1, ""), "{image}");
+        finished.stderr
+    };
+    let absent = refused(&cli, "absent").await;
+    assert!(
+        absent.contains("no archive or directory absent, and Docker has no image absent")
+            && absent.contains("hypeman pull absent"),
+        "{absent}"
+    );
+    let broken = refused(&cli, "broken:1").await;
+    assert!(broken.contains("cannot be read"), "{broken}");
+    daemon.abort();
+
+    let alone = server
+        .command_line()
+        .with("DOCKER_HOST", &at(&home.path().join("nothing.sock")));
+    let told = refused(&alone, "team/app:1").await;
+    assert!(
+        told.contains("no Docker daemon answers") && told.contains("hypeman push app.tar"),
+        "{told}"
+    );
+    let elsewhere = server.command_line().with("DOCKER_HOST", "tcp://127.0.0.1:1");
+    let told = refused(&elsewhere, "team/app:1").await;
+    assert!(told.contains("docker save team/app:1 | hypeman push -"), "{told}");
+}
+
+/// Stands in for Docker: has the image `team/app:1`, breaks off in the middle of `broken:1`, and knows no other.
+fn docker_daemon(socket: &Path, archive: Vec<u8>) -> tokio::task::JoinHandle<()> {
+    let listener = UnixListener::bind(socket).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // A client that has hung up is no failure of the daemon.
+            let _ = docker_answer(&mut stream, &archive).await;
+        }
+    })
+}
+
+async fn docker_answer(stream: &mut UnixStream, archive: &[u8]) -> std::io::Result<()> {
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        request.push(stream.read_u8().await?);
+    }
+    let whole = request.starts_with(b"GET /images/team/app:1/get HTTP/1.1\r\n");
+    if !whole && !request.starts_with(b"GET /images/broken:1/get HTTP/1.1\r\n") {
+        let body = r#"{"message":"No such image"}"#;
+        let head = format!(
+            "HTTP/1.1 404 Not Found\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+            body.len()
+        );
+        return stream.write_all(format!("{head}{body}").as_bytes()).await;
+    }
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/x-tar\r\ntransfer-encoding: chunked\r\n\
+                connection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).await?;
+    let sent = if whole {
+        archive
+    } else {
+        &archive[..archive.len() / 2]
+    };
+    for piece in sent.chunks(1000) {
+        stream
+            .write_all(format!("{:x}\r\n", piece.len()).as_bytes())
+            .await?;
+        stream.write_all(piece).await?;
+        stream.write_all(b"\r\n").await?;
+    }
+    match whole {
+        true => stream.write_all(b"0\r\n\r\n").await,
+        false => Ok(()),
+    }
 }
 
 #[tokio::test]

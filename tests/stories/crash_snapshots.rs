@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Client, Clock, Guest, Server, Snapshot, eventually, have, skip_unless};
+use hypeman_tests::{Client, Clock, Guest, Server, Snapshot, any_hypervisor, eventually, have, skip_unless};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -14,8 +14,8 @@ async fn counting(server: &Server, overrides: Value) -> Guest {
     server.counting(&image, overrides).await
 }
 
-/// Whatever was cut: the guest is where it was or where it should be, and has forgotten nothing.
-async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) {
+/// Whatever was cut: the guest is where it was or where it should be, and has forgotten nothing. How far it has counted.
+async fn goes_on(server: &Server, guest: &Guest, after: u64, point: &str) -> u64 {
     let shown = guest
         .wait_until("it settles", |instance| {
             instance["state"] == "Running" || instance["state"] == "Standby"
@@ -29,8 +29,9 @@ async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) {
         guest.restore().await;
         guest.wait_for("Running").await;
     }
-    guest.goes_on(at_least).await;
+    let now = guest.goes_on(after).await;
     assert_eq!(server.vmms().len(), 1, "{point}");
+    now
 }
 
 /// Asks for something that the server's death may cut.
@@ -74,18 +75,22 @@ async fn nothing_left(server: &Server, before: &BTreeSet<String>, point: &str) {
 
 #[tokio::test]
 async fn standby_is_cut_at_each_step() {
+    standby_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn standby_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
     let path = guest.path("/standby");
     let points = group("standby.").chain(group("memory.").filter(|point| point.contains("capture")));
+    let mut counted = guest.count().await;
     for point in points {
-        let before = guest.count().await;
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({})).await
         })
         .await;
-        goes_on(&server, &guest, before, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
     }
     guest.delete().await;
     server.emptied(&["memory"]).await;
@@ -93,36 +98,44 @@ async fn standby_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn restore_is_cut_at_each_step() {
+    restore_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn restore_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
+    let mut counted = guest.count().await;
     for point in group("restore.") {
-        let before = guest.count().await;
         guest.standby().await;
         cut(&mut server, point, async |client| {
             post(client, guest.path("/restore"), json!({})).await;
         })
         .await;
-        goes_on(&server, &guest, before, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
     }
     guest.delete().await;
 }
 
 #[tokio::test]
 async fn capture_is_cut_at_each_step() {
+    capture_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn capture_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
     let before = paths(server.data_directory());
     let path = guest.path("/snapshots");
     let memory = group("memory.").filter(|point| point.contains("capture"));
+    let mut counted = guest.count().await;
     for point in group("capture.").chain(group("snapshot.")).chain(memory) {
-        let counted = guest.count().await;
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({"kind": "Standby"})).await;
         })
         .await;
-        goes_on(&server, &guest, counted, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
         all_verify(&server).await;
         delete_all(&server).await;
         nothing_left(&server, &before, point).await;
@@ -150,9 +163,13 @@ async fn deleting_a_snapshot_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn restoring_a_snapshot_is_cut_at_each_step() {
+    restoring_a_snapshot_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn restoring_a_snapshot_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({})).await;
+    let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
     let counted = guest.count().await;
     let snapshot = guest.capture().await;
     let path = guest.path(&format!("/snapshots/{}/restore", snapshot.id));
@@ -170,9 +187,13 @@ async fn restoring_a_snapshot_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn fork_is_cut_at_each_step() {
+    fork_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn fork_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({"name": "origin"})).await;
+    let guest = counting(&server, json!({"name": "origin", "hypervisor": hypervisor})).await;
     let snapshot = guest.capture().await;
     guest.delete().await;
     let before = paths(server.data_directory());
@@ -200,15 +221,19 @@ async fn fork_is_cut_at_each_step() {
 
 #[tokio::test]
 async fn a_fork_of_a_running_guest_is_cut_at_each_step() {
+    a_fork_of_a_running_guest_is_cut(&any_hypervisor()).await;
+}
+
+pub(crate) async fn a_fork_of_a_running_guest_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
-    let guest = counting(&server, json!({"name": "origin"})).await;
+    let guest = counting(&server, json!({"name": "origin", "hypervisor": hypervisor})).await;
     let before = paths(server.data_directory());
     let path = guest.path("/fork");
     let body = json!({"name": "child", "from_running": true});
     let taken = group("capture.").filter(|point| !point.contains("standby"));
+    let mut counted = guest.count().await;
     for point in taken.chain(group("fork.")) {
-        let counted = guest.count().await;
         cut(&mut server, point, async |client| {
             post(client, path.clone(), body.clone()).await;
         })
@@ -220,7 +245,7 @@ async fn a_fork_of_a_running_guest_is_cut_at_each_step() {
                 child.delete().await;
             }
         }
-        goes_on(&server, &guest, counted, point).await;
+        counted = goes_on(&server, &guest, counted, point).await;
         assert_eq!(server.listed("/snapshots").await, Vec::<String>::new(), "{point}");
         nothing_left(&server, &before, point).await;
     }

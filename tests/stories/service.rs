@@ -1,6 +1,6 @@
 //! What the server says about itself.
 
-use hypeman_tests::Server;
+use hypeman_tests::{Server, ServerOptions};
 use serde_json::json;
 
 #[tokio::test]
@@ -53,9 +53,14 @@ async fn capabilities_and_resources_tell_the_truth() {
         ["cloud-hypervisor", "firecracker", "qemu", "qemu-microvm", "vz"]
     );
     for runtime in runtimes {
-        let ours = runtime["name"].as_str().unwrap().starts_with("qemu")
-            && hypeman_tests::have("qemu-system-x86_64");
+        let name = runtime["name"].as_str().unwrap();
+        let ours = match name {
+            "vz" => false,
+            "qemu" | "qemu-microvm" => hypeman_tests::have("qemu-system-x86_64"),
+            _ => hypeman_tests::offers(name),
+        };
         assert_eq!(runtime["available"], ours, "{runtime}");
+        assert_eq!(runtime["unavailable_reason"].is_string(), !ours, "{runtime}");
     }
     let features = capabilities["features"].as_array().unwrap();
     for feature in ["instances", "images", "exec", "logs"] {
@@ -70,6 +75,72 @@ async fn capabilities_and_resources_tell_the_truth() {
         assert!(resources[resource]["oversub_ratio"].is_number());
     }
     assert_eq!(resources["allocations"], json!([]));
+}
+
+/// A program that says which version of a VMM it is, and is none.
+fn says(path: &std::path::Path, banner: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    // Under another name first: a program that is being written cannot be started.
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, format!("#!/bin/sh\necho '{banner}'\n")).unwrap();
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::rename(&fresh, path).unwrap();
+}
+
+#[tokio::test]
+async fn a_vmm_with_known_holes_is_unavailable_until_a_newer_one_takes_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let vmms = [
+        (
+            "cloud-hypervisor",
+            "cloud-hypervisor v51.1",
+            "51.2.0 or newer",
+            "cloud-hypervisor v53.0",
+        ),
+        (
+            "firecracker",
+            "Firecracker v1.15.0",
+            "1.15.1 or newer",
+            "Firecracker v1.15.1",
+        ),
+    ];
+    for (name, old, ..) in vmms {
+        says(&folder.path().join(name), old);
+    }
+    let server = Server::start_with(ServerOptions {
+        settings: vec![
+            (
+                "hypervisor.cloud_hypervisor_binary_path",
+                json!(folder.path().join("cloud-hypervisor")),
+            ),
+            (
+                "hypervisor.firecracker_binary_path",
+                json!(folder.path().join("firecracker")),
+            ),
+        ],
+        ..ServerOptions::default()
+    })
+    .await;
+    let reason_of = async |name: &str| {
+        let capabilities = server.client().get("/capabilities").await.expect(200).json();
+        let runtimes = capabilities["runtimes"].as_array().unwrap();
+        let runtime = runtimes.iter().find(|runtime| runtime["name"] == name).unwrap();
+        runtime["unavailable_reason"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    for (name, _, needed, new) in vmms {
+        let reason = reason_of(name).await;
+        assert!(
+            reason.contains("known holes") && reason.contains(needed),
+            "{reason}"
+        );
+        says(&folder.path().join(name), new);
+        // What is left is what the host lacks, if anything.
+        let reason = reason_of(name).await;
+        assert!(!reason.contains("known holes"), "{reason}");
+    }
 }
 
 #[tokio::test]

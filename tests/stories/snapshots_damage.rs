@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hypeman_tests::{Server, Snapshot, files, flip, have, skip_unless};
+use hypeman_tests::{Server, Snapshot, files, flip, have, makes, skip_unless};
 use serde_json::json;
 
 /// Every file that a snapshot consists of, while there is no memory but its own.
@@ -17,9 +17,16 @@ pub(crate) fn parts(server: &Server, snapshot: &Snapshot) -> Vec<PathBuf> {
 #[tokio::test]
 async fn a_flipped_bit_anywhere_is_named_and_never_becomes_a_guest() {
     skip_unless!(have("busybox"), "needs busybox-static");
+    for hypervisor in makes() {
+        a_flipped_bit_never_becomes_a_guest(hypervisor).await;
+    }
+}
+
+async fn a_flipped_bit_never_becomes_a_guest(hypervisor: &str) {
     let server = Server::start().await;
     let image = server.busybox().await;
-    let guest = server.counting(&image, json!({"name": "origin"})).await;
+    let overrides = json!({"name": "origin", "hypervisor": hypervisor});
+    let guest = server.counting(&image, overrides).await;
     for compressed in [false, true] {
         let body = json!({"kind": "Standby", "compression": {"enabled": compressed}});
         let snapshot = guest.take(body).await;
@@ -52,9 +59,16 @@ async fn a_flipped_bit_anywhere_is_named_and_never_becomes_a_guest() {
 #[tokio::test]
 async fn a_flipped_bit_in_the_root_disk_is_named_and_nothing_goes_on_above_it() {
     skip_unless!(have("busybox"), "needs busybox-static");
+    for hypervisor in makes() {
+        a_flipped_bit_in_the_root_disk_is_named(hypervisor).await;
+    }
+}
+
+async fn a_flipped_bit_in_the_root_disk_is_named(hypervisor: &str) {
     let server = Server::start().await;
     let image = server.busybox().await;
-    let guest = server.counting(&image, json!({"name": "origin"})).await;
+    let overrides = json!({"name": "origin", "hypervisor": hypervisor});
+    let guest = server.counting(&image, overrides).await;
     let snapshot = guest.capture().await;
     guest.standby().await;
     let mut disks = files(&server.data_directory().join("images"));

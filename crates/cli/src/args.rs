@@ -19,6 +19,7 @@ Exit codes:
 Environment:
   HYPEMAN_BASE_URL  address of the server (default http://localhost:8080)
   HYPEMAN_API_KEY   bearer token (make one with `hypeman token create`)
+  DOCKER_HOST       where `push` finds the local Docker (default unix:///var/run/docker.sock)
   NO_COLOR          no colours on a terminal
 
 Files:
@@ -29,7 +30,8 @@ Examples:
   hypeman token create --user-id me --save         make a token and remember it
   hypeman run --name web nginx                     pull if needed, boot, wait until it runs
   hypeman exec web uname -a                        run a command inside
-  hypeman ps --format json | jq '.[].name'         for scripts";
+  hypeman ps --format json | jq '.[].name'         for scripts
+  hypeman stop web --format-error json             a failure as code, message, exit_code and hint";
 
 /// Runs OCI images as virtual machines.
 ///
@@ -77,6 +79,25 @@ pub struct GlobalArgs {
                        and # of GJSON joined by dots, such as network.ip, 0.id, # (how many) or #.name (of each)"
     )]
     pub transform: Option<Transform>,
+    /// How a failure is told on standard error, one of the formats of --format
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORMAT",
+        hide_possible_values = true,
+        help_heading = "Global options"
+    )]
+    pub format_error: Option<Format>,
+    /// Tell only what this path leads to in a failure, such as code, message or hint
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        value_parser = Transform::parse,
+        help_heading = "Global options"
+    )]
+    pub transform_error: Option<Transform>,
     /// Show each request and answer on standard error (never the token)
     #[arg(long, global = true, help_heading = "Global options")]
     pub debug: bool,
@@ -94,6 +115,7 @@ pub enum Format {
     /// A table for people.
     Table,
     /// Indented JSON.
+    #[value(alias = "pretty")]
     Json,
     /// One JSON object a line.
     Jsonl,

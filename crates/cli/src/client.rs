@@ -19,7 +19,7 @@ use crate::settings::Settings;
 const LARGEST_ANSWER: usize = 512 * 1024 * 1024;
 
 /// An error envelope longer than this is cut.
-const LARGEST_ERROR: usize = 64 * 1024;
+pub(crate) const LARGEST_ERROR: usize = 64 * 1024;
 
 /// Path segments keep only unreserved characters: an image reference is one segment, its slashes escaped.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC
@@ -340,7 +340,8 @@ async fn document(response: Response) -> Result<Document, CliError> {
     Document::parse(&body).map_err(|failure| CliError::Protocol(format!("it is not JSON ({failure})")))
 }
 
-async fn bounded(response: Response, limit: usize) -> Result<Vec<u8>, CliError> {
+/// Reads an answer that must not be longer than `limit`.
+pub(crate) async fn bounded(response: Response, limit: usize) -> Result<Vec<u8>, CliError> {
     let mut body = Vec::new();
     let mut chunks = response.bytes_stream();
     while let Some(chunk) = chunks.next().await {

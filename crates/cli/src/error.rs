@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::document::Document;
+
 /// Exit codes, as `hypeman help` documents them.
 pub mod exit {
     /// All went well.
@@ -141,6 +143,47 @@ impl CliError {
         }
     }
 
+    /// What it is in one word, for programs: the server's own code where the server refused.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::Api { code, .. } => code,
+            Self::Unreachable { .. } => "unreachable",
+            Self::Protocol(_) => "protocol_error",
+            Self::Io { .. } => "io_error",
+            Self::Usage { .. } => "usage",
+            Self::Failed { .. } => "failed",
+            Self::TimedOut(_) => "timed_out",
+            Self::Interrupted => "interrupted",
+            Self::Exec(inner) => inner.code(),
+        }
+    }
+
+    /// The HTTP status where the server refused.
+    fn status(&self) -> Option<u16> {
+        match self {
+            Self::Api { status, .. } => Some(*status),
+            Self::Exec(inner) => inner.status(),
+            _ => None,
+        }
+    }
+
+    /// All of it as a document: `code`, `message`, `status` of a refusal, `exit_code`, and `hint` where there is one.
+    pub fn document(&self) -> Document {
+        let number = |number: u64| Document::Number(number.into());
+        let text = |text: &str| Document::String(text.to_owned());
+        let mut members = vec![
+            ("code".to_owned(), text(self.code())),
+            ("message".to_owned(), text(&self.to_string())),
+        ];
+        members.extend(
+            self.status()
+                .map(|status| ("status".to_owned(), number(status.into()))),
+        );
+        members.push(("exit_code".to_owned(), number(self.exit_code().into())));
+        members.extend(self.hint().map(|hint| ("hint".to_owned(), text(&hint))));
+        Document::Object(members)
+    }
+
     /// Whether the server said that the thing does not exist.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Api { status: 404, .. })
@@ -229,7 +272,28 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (_, "credential_conflict") => {
             "the same image is being pulled with other credentials: try again when that is done"
         }
+        (_, "insufficient_resources") if message.contains("space") => {
+            "free space in the server's data directory (`hypeman image delete`, `hypeman snapshot delete`) and try again"
+        }
         (_, "insufficient_resources") => "see `hypeman resources`; stop something, or ask for less",
+        (_, "invalid_digest") => "a digest is sha256: and 64 lower-case hexadecimal digits",
+        (_, "invalid_manifest" | "unsupported_image") => {
+            "the image itself is the reason: build it anew, or take another tag or --platform"
+        }
+        (_, "digest_mismatch" | "size_mismatch") => {
+            "what came is not what was announced: try again; if it stays so, the image is damaged at its source"
+        }
+        (_, "too_large") => "it is beyond the server's limits: see `limits` in `hypeman serve --list-keys`",
+        (_, "range_not_satisfiable") => "start the upload anew",
+        (_, "registry_unauthorized") => {
+            "the image may not exist, or may need a login: `docker login` as the server's user, or --username and \
+             --password-stdin"
+        }
+        (_, "registry_untrusted") => {
+            "the registry led somewhere it should not: check its address; images.trusted_realms and \
+             images.insecure_registries of the server's configuration allow what is meant to be"
+        }
+        (_, "shutting_down") => "the server is ending: try again when it is back",
         (_, "rate_limited") => "the registry or the server limits requests: wait a moment and try again",
         (_, "invalid_state") => "see its state with `hypeman inspect`; start, stop or wait for it first",
         (_, "instance_in_standby") => "restore it first",
@@ -246,6 +310,9 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (_, "restore_failed") => "`hypeman logs --source vmm` and `--source hypeman` of the instance say why",
         (_, "invalid_snapshot_compression") => "write zstd with level 1 to 19, or lz4 with level 0 to 9",
         (_, "invalid_cursor") => "give the id of a snapshot that the list has shown",
+        (_, "cursor_gone") => {
+            "these events are no longer kept: look at how things are, then listen from now on"
+        }
         (_, "feature_disabled") => "switch it on in the server's configuration",
         (
             _,
@@ -328,6 +395,40 @@ mod tests {
             };
             assert!(failure.hint().is_some(), "{status} {code} has no hint");
         }
+    }
+
+    #[test]
+    fn what_only_the_code_tells_is_not_answered_with_what_holds_for_its_status() {
+        let codes = [
+            (400, "invalid_manifest"),
+            (400, "unsupported_image"),
+            (400, "invalid_digest"),
+            (400, "digest_mismatch"),
+            (400, "size_mismatch"),
+            (400, "too_large"),
+            (400, "range_not_satisfiable"),
+            (400, "registry_unauthorized"),
+            (400, "image_not_ready"),
+            (400, "invalid_snapshot_compression"),
+            (409, "incompatible"),
+            (409, "snapshot_damaged"),
+            (409, "restore_failed"),
+            (409, "insufficient_resources"),
+            (410, "cursor_gone"),
+            (424, "registry_untrusted"),
+            (503, "shutting_down"),
+        ];
+        for (status, code) in codes {
+            let hint = api_hint(status, code, "x");
+            assert!(hint.is_some(), "{status} {code} has no hint");
+            assert_ne!(
+                hint,
+                api_hint(status, "code_of_the_future", "x"),
+                "{status} {code}"
+            );
+        }
+        let full = api_hint(409, "insufficient_resources", "no space left on device");
+        assert!(full.unwrap().contains("free space"));
     }
 
     #[test]

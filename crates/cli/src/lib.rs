@@ -15,6 +15,7 @@ pub mod client;
 pub mod commands;
 pub mod config;
 pub mod copy;
+mod docker;
 mod doctor;
 pub mod document;
 pub mod error;
@@ -33,10 +34,11 @@ use clap::Parser;
 /// Parses the arguments, runs the command, prints a failure, and answers the exit code.
 pub fn main() -> ExitCode {
     let cli = args::Cli::parse();
+    let failures = output::Failures::new(&cli.global);
     match commands::dispatch(cli) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            output::report(&failure);
+            failures.report(&failure);
             ExitCode::from(failure.exit_code())
         }
     }

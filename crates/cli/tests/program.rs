@@ -275,6 +275,85 @@ fn lists_have_every_format_and_secrets_stay_hidden() {
 }
 
 #[test]
+fn failures_are_documents_where_programs_read_them() {
+    let program = Program::new();
+    let base = server(Vec::new());
+    let run = |arguments: &[&str]| {
+        let output = program
+            .command(arguments)
+            .env("HYPEMAN_BASE_URL", &base)
+            .output()
+            .unwrap();
+        assert_eq!((output.status.code(), out(&output)), (Some(1), String::new()));
+        err(&output)
+    };
+    // Of several, each is told.
+    let told = run(&["stop", "one", "two", "--format-error", "jsonl"]);
+    let failures: Vec<Value> = told
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(failures.len(), 2, "{told}");
+    for (failure, name) in failures.iter().zip(["one", "two"]) {
+        assert_eq!(
+            (&failure["code"], &failure["status"]),
+            (&json!("not_found"), &json!(404))
+        );
+        assert!(failure["message"].as_str().unwrap().contains(name), "{failure}");
+        assert!(failure["hint"].is_string(), "{failure}");
+    }
+    assert_eq!(
+        run(&["inspect", "absent", "--transform-error", "code"]),
+        "\"not_found\"\n"
+    );
+    assert_eq!(
+        run(&[
+            "inspect",
+            "absent",
+            "--transform-error",
+            "exit_code",
+            "--format-error",
+            "yaml"
+        ]),
+        "1\n"
+    );
+    // How results are printed says nothing about failures.
+    assert!(run(&["inspect", "absent", "--format", "json"]).starts_with("error: "));
+}
+
+#[test]
+fn lists_of_snapshots_have_every_format() {
+    let program = Program::new();
+    let id = "q7z1w7l2af4l8y7q1h7g2m3s";
+    let base = server(vec![(
+        "GET /snapshots",
+        200,
+        json!([{"id": id, "name": "base", "kind": "Stopped", "source_instance_name": "web", "size_bytes": 1}]),
+    )]);
+    for command in ["list", "tree"] {
+        let run = |more: &[&str]| {
+            let arguments = [&["snapshot", command, "--base-url", &base][..], more].concat();
+            out(&program.run(&arguments))
+        };
+        assert!(run(&[]).contains(id), "{command}");
+        assert_eq!(run(&["-q"]), format!("{id}\n"), "{command}");
+        for format in ["json", "pretty", "jsonl", "raw"] {
+            let document: Value = serde_json::from_str(&run(&["--format", format])).unwrap();
+            let first = if document.is_array() {
+                &document[0]
+            } else {
+                &document
+            };
+            assert_eq!(first["id"], id, "{command} {format}");
+        }
+        assert!(
+            run(&["--format", "yaml"]).starts_with(&format!("- id: {id}\n")),
+            "{command}"
+        );
+    }
+}
+
+#[test]
 fn waiting_tells_timeout_from_failure() {
     let program = Program::new();
     let base = server(vec![

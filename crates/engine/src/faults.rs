@@ -37,7 +37,6 @@ pub const ALL: &[&str] = &[
     "standby.devices",
     "standby.committed",
     "standby.detached",
-    "standby.finished",
     "restore.recorded",
     "restore.memory",
     "restore.network",

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_pager::{
-    MachineState, Pager, PagerError, PagerEvent, PagerOptions, RefusedCode, Registration, Served,
+    Condition, MachineState, Pager, PagerError, PagerEvent, PagerOptions, RefusedCode, Registration, Served,
 };
 use hypeman_snapshots::MemoryId;
 use hypeman_vmm::{Machine, VmmKind};
@@ -234,6 +234,15 @@ impl Paging {
                 _ => Some("the pager that served its memory is gone".to_owned()),
             },
         }
+    }
+
+    /// Whether a machine depends on a pager that lives and does not answer: it stands still at its next fault.
+    pub(crate) fn is_silent(&self, name: &str) -> bool {
+        let Some(client) = self.pager.pager_of(name) else {
+            return false;
+        };
+        let silent = *client.condition().borrow() == Condition::Silent;
+        silent && client.machines().iter().any(|served| served == name)
     }
 
     fn events(&self) -> broadcast::Receiver<PagerEvent> {

@@ -65,6 +65,7 @@ pub struct RmArgs {
 
 /// Does something to each instance; goes on after a failure and reports the last one.
 pub(crate) async fn each(
+    context: &Context,
     instances: &[String],
     mut action: impl AsyncFnMut(&str) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
@@ -74,7 +75,7 @@ pub(crate) async fn each(
             // A server that is gone will not come back for the next one.
             let hopeless = matches!(failure, CliError::Unreachable { .. });
             if let Some(earlier) = failed.replace(failure) {
-                output::report(&earlier);
+                context.report(&earlier);
             }
             if hopeless {
                 break;
@@ -92,7 +93,7 @@ pub(crate) fn announce(context: &Context, instance: &str, mut answer: Document) 
 
 /// Stops instances.
 pub(crate) async fn stop(context: &Context, arguments: &StopArgs) -> Result<(), CliError> {
-    each(&arguments.instances, async |instance| {
+    each(context, &arguments.instances, async |instance| {
         let answer = context
             .client
             .call(Method::POST, &["instances", instance, "stop"], None::<&()>)
@@ -109,7 +110,7 @@ pub(crate) async fn start(context: &Context, arguments: &StartArgs) -> Result<()
         entrypoint: given(&arguments.entrypoint),
         cmd: given(&arguments.cmd),
     };
-    each(&arguments.instances, async |instance| {
+    each(context, &arguments.instances, async |instance| {
         let answer = context
             .client
             .call(Method::POST, &["instances", instance, "start"], Some(&body))
@@ -132,7 +133,7 @@ pub(crate) async fn rm(context: &Context, arguments: &RmArgs) -> Result<(), CliE
             output::note("nothing to delete");
         }
     }
-    each(&instances, async |instance| {
+    each(context, &instances, async |instance| {
         let mut target = instance.to_owned();
         if !arguments.force && !arguments.all {
             let found = context.client.get(&["instances", instance], &[]).await?;

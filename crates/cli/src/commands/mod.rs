@@ -26,7 +26,7 @@ use std::future::Future;
 use crate::args::{Cli, Command, GlobalArgs};
 use crate::client::Client;
 use crate::error::{CliError, exit};
-use crate::output::Output;
+use crate::output::{Failures, Output};
 use crate::settings::Settings;
 
 /// What a command that talks to the server works with.
@@ -35,6 +35,13 @@ pub(crate) struct Context {
     pub(crate) client: Client,
     pub(crate) output: Output,
     pub(crate) global: GlobalArgs,
+}
+
+impl Context {
+    /// Tells a failure that does not end the command.
+    pub(crate) fn report(&self, failure: &CliError) {
+        Failures::new(&self.global).report(failure);
+    }
 }
 
 /// Runs a command and answers its exit code.

@@ -1,7 +1,7 @@
 //! `hypeman push`: a local image into the server, through its registry.
 //!
-//! The image is a `docker save` archive, an OCI archive (both also compressed, or on standard input) or an OCI
-//! layout directory. Layers that the server has already are not sent.
+//! The image is a `docker save` archive, an OCI archive (both also compressed, or on standard input), an OCI layout
+//! directory, or else an image of the local Docker daemon. Layers that the server has already are not sent.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +15,7 @@ use hypeman_images::{
 
 use super::{Context, image};
 use crate::client::choose_tls_provider;
+use crate::docker;
 use crate::document::Document;
 use crate::error::CliError;
 use crate::output;
@@ -29,20 +30,26 @@ const APPEARS_PAUSE: std::time::Duration = std::time::Duration::from_millis(200)
 /// Arguments of `push`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE is a docker save archive, an OCI archive, an OCI layout directory, or - for an archive on \
-standard input. TARGET is repository[:tag] on the server; the archive's own name when absent. The \
-image is then known as HOST:PORT/repository:tag, which is printed.
+IMAGE is a docker save archive, an OCI archive, an OCI layout directory, - for an archive on standard \
+input, or else an image of the local Docker, which is asked at DOCKER_HOST (a unix socket) or \
+/var/run/docker.sock; `push local IMAGE` takes it from there even where a file has that name. TARGET is \
+repository[:tag] on the server; the image's own name when absent. The image is then known as \
+HOST:PORT/repository:tag, which is printed.
 
 Examples:
+  hypeman push app:1                           an image that Docker has built
   docker save app:1 | hypeman push - app:1
   hypeman push app.tar app:1
   hypeman push ./oci-layout team/app:2
   hypeman run $(hypeman push -q app.tar app:1)")]
 pub struct PushArgs {
-    /// Archive, OCI layout directory, or -
+    /// Archive, OCI layout directory, -, or an image of the local Docker
     image: String,
     /// repository[:tag] on the server
     target: Option<String>,
+    /// The target after the words `local IMAGE`
+    #[arg(hide = true)]
+    last: Option<String>,
     /// Which image of an archive that has several
     #[arg(long, value_name = "NAME")]
     select: Option<String>,
@@ -51,18 +58,57 @@ pub struct PushArgs {
     detach: bool,
 }
 
+/// Where an image comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source<'a> {
+    /// An archive, a layout or standard input.
+    Archive(&'a str),
+    /// The Docker daemon, because nothing else has that name.
+    Found(&'a str),
+    /// The Docker daemon, because the user said so.
+    Docker(&'a str),
+}
+
+impl<'a> Source<'a> {
+    fn image(self) -> &'a str {
+        let (Self::Archive(image) | Self::Found(image) | Self::Docker(image)) = self;
+        image
+    }
+}
+
+impl PushArgs {
+    /// Where the image comes from, and what it is to be called. `exists` says whether a file has a name.
+    fn source(&self, exists: impl Fn(&str) -> bool) -> Result<(Source<'_>, Option<&str>), CliError> {
+        match (self.image.as_str(), self.target.as_deref(), self.last.as_deref()) {
+            ("local", Some(image), target) => Ok((Source::Docker(image), target)),
+            (_, _, Some(last)) => Err(CliError::usage_with(
+                format!("there is nothing to do with {last:?}"),
+                "write `hypeman push IMAGE [TARGET]` or `hypeman push local IMAGE [TARGET]`",
+            )),
+            (image, target, None) if image == "-" || is_path(image) || exists(image) => {
+                Ok((Source::Archive(image), target))
+            }
+            (image, target, None) => Ok((Source::Found(image), target)),
+        }
+    }
+}
+
+/// Whether only a file can be meant.
+fn is_path(image: &str) -> bool {
+    ["/", "./", "../"].iter().any(|start| image.starts_with(start))
+}
+
 /// Pushes an image.
 pub(crate) async fn run(context: &Context, arguments: &PushArgs) -> Result<(), CliError> {
-    let archive = open(&arguments.image).await?;
+    let (source, name) = arguments.source(|image| Path::new(image).exists())?;
+    let archive = open(context, source).await?;
+    let image = source.image();
     let wanted = arguments.select.as_deref();
     let chosen = archive.image(wanted).map_err(|failure| {
-        CliError::failed_with(
-            format!("{}: {failure}", arguments.image),
-            "choose one with --select NAME",
-        )
+        CliError::failed_with(format!("{image}: {failure}"), "choose one with --select NAME")
     })?;
     let chosen = chosen.clone();
-    let target = target(context, arguments, &chosen)?;
+    let target = target(context, source, name, &chosen)?;
     let credentials = context
         .client
         .settings()
@@ -116,46 +162,66 @@ pub(crate) async fn run(context: &Context, arguments: &PushArgs) -> Result<(), C
     })
 }
 
-async fn open(image: &str) -> Result<Archive, CliError> {
+async fn open(context: &Context, source: Source<'_>) -> Result<Archive, CliError> {
     let options = ArchiveOptions::default();
-    let opened = if image == "-" {
-        Archive::read(std::io::stdin(), &options).await
-    } else {
-        if !Path::new(image).exists() {
-            return Err(CliError::failed_with(
-                format!("{image}: there is no such archive or directory"),
-                format!("for an image of the local Docker: `docker save {image} | hypeman push - {image}`"),
-            ));
+    let opened = match source {
+        Source::Archive("-") => Archive::read(std::io::stdin(), &options).await,
+        Source::Archive(image) => Archive::open(image, &options).await,
+        Source::Docker(image) => return from_docker(context, image).await,
+        Source::Found(image) => {
+            return from_docker(context, image)
+                .await
+                .map_err(|failure| match failure {
+                    CliError::Failed { message, hint } => CliError::Failed {
+                        message: format!("there is no archive or directory {image}, and {message}"),
+                        hint,
+                    },
+                    other => other,
+                });
         }
-        Archive::open(image, &options).await
     };
+    let image = source.image();
     opened.map_err(|failure| {
         CliError::failed_with(
             format!("{image}: {failure}"),
-            "an image is a docker save archive, an OCI archive or an OCI layout directory",
+            "an image is a docker save archive, an OCI archive, an OCI layout directory, or one of the local Docker",
         )
     })
 }
 
-/// The name on the server: its host and port, then what the user or the archive calls the image.
-fn target(context: &Context, arguments: &PushArgs, chosen: &ArchivedImage) -> Result<Reference, CliError> {
+async fn from_docker(context: &Context, image: &str) -> Result<Archive, CliError> {
+    let host = std::env::var("DOCKER_HOST").ok();
+    docker::save(image, host.as_deref(), context.output.quiet()).await
+}
+
+/// The name on the server: its host and port, then what the user, Docker or the archive calls the image.
+fn target(
+    context: &Context,
+    source: Source<'_>,
+    name: Option<&str>,
+    chosen: &ArchivedImage,
+) -> Result<Reference, CliError> {
     let url = context.client.url(&[])?;
     let host = url.host_str().unwrap_or_default();
     let host = match url.port_or_known_default() {
         Some(port) => format!("{host}:{port}"),
         None => host.to_owned(),
     };
-    let named = match (&arguments.target, chosen.names.first()) {
-        (Some(target), _) => target.clone(),
-        (None, Some(name)) => name.clone(),
-        (None, None) => {
-            return Err(CliError::usage_with(
-                "the archive does not name its image",
-                format!("name it: `hypeman push {} app:1`", arguments.image),
-            ));
-        }
+    let image = source.image();
+    // A digest is of what the registry had, which an archive need not be.
+    let own = match source {
+        Source::Archive(_) => None,
+        _ if docker::is_id(image) => None,
+        _ => image.split('@').next(),
     };
-    on_server(&host, &named)
+    let named = name.or(own).or(chosen.names.first().map(String::as_str));
+    let named = named.ok_or_else(|| {
+        CliError::usage_with(
+            "the archive does not name its image",
+            format!("name it: `hypeman push {image} app:1`"),
+        )
+    })?;
+    on_server(&host, named)
 }
 
 /// Puts a name on the server `host`. A name that carries a registry loses it, unless it is this server.
@@ -247,7 +313,39 @@ impl TransferObserver for Observer {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+    use crate::args::{Cli, Command};
+
+    fn parsed(words: &[&str]) -> PushArgs {
+        let words = [&["hypeman", "push"][..], words].concat();
+        match Cli::try_parse_from(words).unwrap().command {
+            Command::Push(arguments) => arguments,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_is_an_image_of_docker() {
+        let exists = |name: &str| matches!(name, "app.tar" | "app:1" | "local");
+        let cases: [(&[&str], Source<'_>, Option<&str>); 9] = [
+            (&["app.tar"], Source::Archive("app.tar"), None),
+            (&["app.tar", "x:1"], Source::Archive("app.tar"), Some("x:1")),
+            (&["-", "x:1"], Source::Archive("-"), Some("x:1")),
+            (&["./absent.tar"], Source::Archive("./absent.tar"), None),
+            (&["app:2", "x:1"], Source::Found("app:2"), Some("x:1")),
+            (&["app:1"], Source::Archive("app:1"), None),
+            (&["local", "app:1"], Source::Docker("app:1"), None),
+            (&["local", "app:1", "x:1"], Source::Docker("app:1"), Some("x:1")),
+            (&["local"], Source::Archive("local"), None),
+        ];
+        for (words, source, target) in cases {
+            let arguments = parsed(words);
+            assert_eq!(arguments.source(exists).unwrap(), (source, target), "{words:?}");
+        }
+        assert!(parsed(&["app.tar", "x:1", "y:1"]).source(exists).is_err());
+    }
 
     #[test]
     fn names_move_to_the_server() {

@@ -196,7 +196,7 @@ pub(crate) async fn standby(context: &Context, arguments: &StandbyArgs) -> Resul
         compression: arguments.compression.config()?,
         compression_delay: arguments.compression_delay.clone(),
     };
-    each(&arguments.instances, async |instance| {
+    each(context, &arguments.instances, async |instance| {
         let mut progress = Progress::spinner(context.output.quiet());
         progress.say(&format!("putting {instance} to standby"));
         let answer = context
@@ -211,7 +211,7 @@ pub(crate) async fn standby(context: &Context, arguments: &StandbyArgs) -> Resul
 
 /// Lets instances go on.
 pub(crate) async fn restore(context: &Context, arguments: &RestoreArgs) -> Result<(), CliError> {
-    each(&arguments.instances, async |instance| {
+    each(context, &arguments.instances, async |instance| {
         let mut progress = Progress::spinner(context.output.quiet());
         progress.say(&format!("restoring {instance}"));
         let answer = context

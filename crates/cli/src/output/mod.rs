@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod age;
+mod failure;
 mod table;
 mod transform;
 
@@ -14,6 +15,7 @@ use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write as _};
 
 pub use age::{age, span};
+pub use failure::Failures;
 pub use table::{Table, bytes};
 pub use transform::Transform;
 
@@ -169,26 +171,6 @@ pub fn warn(message: &str) {
         painted("warning:", "33;1"),
         clean(message)
     );
-}
-
-/// A failure on standard error: `error: …`, then `hint: …` when there is one.
-pub fn report(failure: &CliError) {
-    if let CliError::Io { source, .. } = failure
-        && source.kind() == io::ErrorKind::BrokenPipe
-    {
-        // The reader has gone (`| head`): nothing to say, and nobody to hear it.
-        return;
-    }
-    let mut err = io::stderr().lock();
-    let _ = writeln!(
-        err,
-        "{} {}",
-        painted("error:", "31;1"),
-        clean(&failure.to_string())
-    );
-    if let Some(hint) = failure.hint() {
-        let _ = writeln!(err, "{} {}", painted("hint:", "36;1"), clean(&hint));
-    }
 }
 
 fn painted(word: &str, code: &str) -> String {

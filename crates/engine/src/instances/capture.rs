@@ -235,6 +235,7 @@ impl Driver {
         let to = directory.to_owned();
         let devices_bytes = blocking(move || {
             state::share(&from, &to)?;
+            state::sync_names(&to).map_err(|error| EngineError::io("store the device state", error))?;
             Ok(state::devices_bytes(&to))
         })
         .await?;

@@ -27,18 +27,18 @@ pub(crate) const SNAPSHOT_DISK: &str = "overlay.raw";
 /// Beside it, the note that it was compared with its digest since the host booted.
 const VERIFIED: &str = "verified";
 
-/// Copies a writable layer that nobody writes to; holes stay holes. `target` must not exist.
+/// Copies a writable layer that nobody writes to; holes stay holes. `target` must not exist, and survives power loss only
+/// after [`settle`] or [`sync_overlay`].
 pub(crate) async fn copy(source: PathBuf, target: PathBuf) -> Result<(), EngineError> {
     blocking_io("copy the writable layer", move || {
         let from = File::open(&source)?;
         let bytes = from.metadata()?.len();
         let to = create_new(&target)?;
-        let copied = sparse_copy(&from, &to, bytes).and_then(|()| to.sync_all());
+        let copied = sparse_copy(&from, &to, bytes);
         if copied.is_err() {
             let _ = std::fs::remove_file(&target);
         }
-        copied?;
-        target.parent().map_or(Ok(()), durable::sync_directory)
+        copied
     })
     .await
 }

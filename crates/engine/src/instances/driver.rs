@@ -508,7 +508,13 @@ impl Driver {
         match answer {
             Ok(state) => {
                 self.note_stall(self.stall.seen(state));
-                if silent_vmm {
+                let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+                if served.is_some_and(|name| self.shared.paging.is_silent(name)) {
+                    self.observe(&Observation::Unresponsive {
+                        reason: "the VMM waits for memory: the pager that serves it does not answer"
+                            .to_owned(),
+                    });
+                } else if silent_vmm {
                     self.observe(&Observation::Responsive);
                 }
             }
@@ -516,6 +522,13 @@ impl Driver {
                 self.stall = Stall::No;
                 self.observe(&Observation::Unresponsive {
                     reason: error.to_string(),
+                });
+            }
+            // It lives, and nobody listens at its socket.
+            Err(error @ VmmError::Io { .. }) => {
+                self.stall = Stall::No;
+                self.observe(&Observation::Unresponsive {
+                    reason: format!("the VMM cannot be asked: {error}"),
                 });
             }
             // Its end is reported by the process itself.

@@ -128,7 +128,8 @@ impl Driver {
             }
             (None, _) => None,
         };
-        changed.standby = self.take_over(&changed, parts, keeps_memory).await?;
+        let taken = self.take_over(&changed, parts, keeps_memory).await?;
+        changed.standby = taken.standby;
         faults::point("fork.copied");
         let lifecycle = match changed.standby {
             Some(_) => Lifecycle::Standby,
@@ -142,10 +143,21 @@ impl Driver {
         self.record = changed;
         self.lifecycle = lifecycle;
         self.publish();
-        match (target, &self.lifecycle) {
-            (InstanceState::Running, Lifecycle::Standby) => self.wake(Intent::Creation, ready).await?,
-            (InstanceState::Running, _) => self.boot(Operation::Create).await?,
-            _ => self.store_outcome().await?,
+        let wakes = matches!(self.lifecycle, Lifecycle::Standby);
+        match target {
+            InstanceState::Running if !wakes => {
+                taken.files.settled().await?;
+                // Commits by itself.
+                self.boot(Operation::Create).await?;
+            }
+            _ => {
+                if target == InstanceState::Running {
+                    self.wake(Intent::Creation, ready).await?;
+                }
+                // Power loss before the commit takes all of the fork: until here its files need be no safer.
+                taken.files.settled().await?;
+                self.store_outcome().await?;
+            }
         }
         faults::point("fork.committed");
         Ok(())

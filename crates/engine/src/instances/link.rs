@@ -25,10 +25,10 @@ use tokio::task::JoinHandle;
 
 /// How long one attempt waits for a guest that still boots. Another attempt follows.
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
-/// Mounting and starting the program, on a slow host.
 /// How long a guest that is up may take for the first answer on a connection, before another one is made. QEMU can lose
 /// hold of one when its machine stood still while the last one ended: then nothing of it ever reaches the guest.
 const FIRST_ANSWER: Duration = Duration::from_secs(1);
+/// Mounting and starting the program, on a slow host.
 const CONFIGURE_DEADLINE: Duration = Duration::from_secs(120);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 const PING_INTERVAL: Duration = Duration::from_millis(500);

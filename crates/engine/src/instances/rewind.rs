@@ -9,11 +9,13 @@
 //! - The instance's disk and memory are replaced by one commit; until then both old ones are whole.
 //! - Nothing is given up for a snapshot that is damaged or does not fit this host.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use hypeman_core::instance::{Command, InstanceState, Lifecycle, permit};
 use hypeman_vmm::VmmKind;
+use tokio::task::JoinHandle;
 
 use super::boot::kill;
 use super::disks::{self, Thoroughness};
@@ -58,7 +60,9 @@ impl Driver {
         }
         let mut changed = rewound(&self.record, snapshot, target);
         let keeps_memory = target.state != InstanceState::Stopped;
-        changed.standby = self.take_over(&changed, snapshot, keeps_memory).await?;
+        let taken = self.take_over(&changed, snapshot, keeps_memory).await?;
+        changed.standby = taken.standby;
+        taken.files.settled().await?;
         faults::point("rewind.copied");
         let lifecycle = match changed.standby {
             Some(_) => Lifecycle::Standby,
@@ -116,13 +120,13 @@ impl Driver {
     }
 
     /// Makes the files of a snapshot, which was checked, this instance's own, under names that no committed record has
-    /// yet.
+    /// yet, nor may have before they are settled.
     pub(super) async fn take_over(
         &self,
         record: &InstanceRecord,
         snapshot: &SnapshotRecord,
         keeps_memory: bool,
-    ) -> Result<Option<StandbyRecord>, EngineError> {
+    ) -> Result<TakenOver, EngineError> {
         let layout = &self.shared.layout;
         let source = layout.snapshot(&snapshot.id);
         let overlay = layout.overlay(&record.id, record.disk_generation);
@@ -132,27 +136,34 @@ impl Driver {
             durable::remove_tree(&stale).map_err(|error| EngineError::io("remove a former copy", error))
         })
         .await?;
-        disks::copy(source.join(disks::SNAPSHOT_DISK), overlay).await?;
+        disks::copy(source.join(disks::SNAPSHOT_DISK), overlay.clone()).await?;
         let Some(memory) = snapshot.memory.as_ref().filter(|_| keeps_memory) else {
-            return Ok(None);
+            return Ok(TakenOver {
+                standby: None,
+                files: Settling::begin(overlay, None),
+            });
         };
         let name = format!(
             "standby-{}",
             crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?
         );
         let directory = layout.standby(&record.id, &name);
+        let shared = directory.clone();
         blocking(move || {
-            make_private(&directory)?;
-            state::share(&source, &directory)
+            make_private(&shared)?;
+            state::share(&source, &shared)
         })
         .await?;
-        Ok(Some(StandbyRecord {
-            directory: name,
-            manifest: snapshot.manifest.clone(),
-            memory: MemoryRecord { ..memory.clone() },
-            foreign: true,
-            compress_after: None,
-        }))
+        Ok(TakenOver {
+            standby: Some(StandbyRecord {
+                directory: name,
+                manifest: snapshot.manifest.clone(),
+                memory: MemoryRecord { ..memory.clone() },
+                foreign: true,
+                compress_after: None,
+            }),
+            files: Settling::begin(overlay, Some(directory)),
+        })
     }
 
     /// Removes the files that only the former record named. What fails is swept at the next start.
@@ -171,6 +182,33 @@ impl Driver {
         if let Err(error) = removed.await {
             tracing::warn!(instance = former.id, %error, "left for the next start");
         }
+    }
+}
+
+/// The parts of a snapshot under an instance's own names.
+pub(super) struct TakenOver {
+    /// What the instance is to go on from, where that is not its disk alone.
+    pub(super) standby: Option<StandbyRecord>,
+    /// Their way to the disk.
+    pub(super) files: Settling,
+}
+
+/// Files that are being made durable, beside whatever else is to be done before a record names them.
+pub(super) struct Settling(JoinHandle<Result<(), EngineError>>);
+
+impl Settling {
+    fn begin(overlay: PathBuf, state: Option<PathBuf>) -> Self {
+        Self(tokio::task::spawn_blocking(move || {
+            let names = state.as_deref().map_or(Ok(()), durable::sync_directory);
+            names.map_err(|error| EngineError::io("store the device state", error))?;
+            disks::sync_overlay(&overlay)
+        }))
+    }
+
+    /// Returns when power loss takes nothing of them any more.
+    pub(super) async fn settled(self) -> Result<(), EngineError> {
+        let done = self.0.await;
+        done.map_err(|error| EngineError::io("work on files", error.into()))?
     }
 }
 

@@ -1,8 +1,9 @@
 //! Standby and back: the guest's memory and devices go to disk, its machine goes away; later both return.
 //!
 //! ```text
-//!  standby:  journal ─► hold, pause ─► devices, memory image ─► manifest ─► COMMIT ─► kill, detach ─► journal cleared
-//!               └──────── failure or crash: the guest goes on ────┘      └── crash: finished at the next start
+//!  standby:  journal, beside it ─┬─► pause ─► devices, memory image ─► manifest ─► COMMIT ─► kill, detach ─► answer
+//!            hold the workload ──┘                                        │                           └─► cleared
+//!               └──────── failure or crash: the guest goes on ────────────┘      └── crash: finished at the next start
 //!
 //!  wake:     journal, beside it ─────┬─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► answer ─► cleared
 //!            manifest, memory checked ┘                            │
@@ -55,8 +56,6 @@ impl Driver {
     /// Puts a running instance to standby.
     pub(super) async fn standby(&mut self, request: StandbyRequest) -> Result<(), EngineError> {
         permit(&self.lifecycle, Command::Standby)?;
-        self.begin(Operation::Standby).await?;
-        faults::point("standby.recorded");
         self.log.line("standby requested");
         let machine = match &self.run {
             Some(run) => Arc::clone(&run.machine),
@@ -66,7 +65,7 @@ impl Driver {
         let policy = self.record.snapshot_policy.as_ref();
         let delay = policy.and_then(|policy| policy.standby_compression_delay);
         let delay = Some(choose_delay(request.compression_delay, delay)).filter(|delay| !delay.is_zero());
-        let held = self.hold_still().await;
+        let held = self.begin_held(Operation::Standby, "standby.recorded").await?;
         faults::point("standby.held");
         match self.suspend(&machine, compression, delay).await {
             Ok((changed, hold)) => self.leave(&machine, changed, hold).await,
@@ -181,12 +180,20 @@ impl Driver {
         self.record = changed;
         self.memory = Some(hold);
         kill(machine).await?;
-        self.finish_standby().await;
+        self.detach_standby().await;
+        self.owes_settling = true;
+        self.announce_standby();
         Ok(())
     }
 
-    /// Cleans up behind a machine whose state is committed. Also what recovery does after a crash.
+    /// Cleans up behind a machine whose state is committed: what recovery does after a crash.
     pub(super) async fn finish_standby(&mut self) {
+        self.detach_standby().await;
+        self.settle().await;
+        self.announce_standby();
+    }
+
+    async fn detach_standby(&mut self) {
         self.run = None;
         self.last_image = None;
         self.slot.live.set_client(None);
@@ -196,8 +203,9 @@ impl Driver {
         self.record.run = None;
         self.record.stopped_at = Some(Timestamp::now());
         self.observe(&Observation::StandbyReached);
-        self.settle().await;
-        faults::point("standby.finished");
+    }
+
+    fn announce_standby(&mut self) {
         self.log.line("in standby");
         if let Some(standby) = &self.record.standby {
             self.shared
@@ -233,11 +241,8 @@ impl Driver {
             return Err(error);
         }
         self.go_on().await?;
-        match intent {
-            Intent::Unrecorded => self.owes_settling = true,
-            // Nobody is told of a fork that a crash could still undo.
-            Intent::Creation => self.store_outcome().await?,
-        }
+        // Of a fork its creation stores the outcome: nobody is told of what a crash could still undo.
+        self.owes_settling = intent == Intent::Unrecorded;
         Ok(())
     }
 

@@ -12,22 +12,61 @@
 //! the same: a copy of it cannot act on the network before it was told who it is, for the bridge lets nothing of it
 //! pass, but its workload may run for some milliseconds before that.
 
+use hypeman_guest_api::ChannelError;
 use hypeman_guest_api::host::GuestClient;
 
-use super::driver::Driver;
+use super::driver::{Driver, Operation};
+use crate::{EngineError, faults};
 
 /// A workload that stands still, to be let go by [`Driver::let_go`].
 #[must_use]
 pub(super) struct Held(Option<GuestClient>);
 
+/// Who was asked to hold a workload still, and what came of it.
+type Asked = Option<(GuestClient, Result<(), ChannelError>)>;
+
+async fn ask(client: Option<GuestClient>) -> Asked {
+    let client = client?;
+    let outcome = client.freeze().await;
+    Some((client, outcome))
+}
+
 impl Driver {
     /// Holds the workload of a running guest still.
     pub(super) async fn hold_still(&mut self) -> Held {
-        let Some(client) = self.slot.live.client() else {
+        let asked = ask(self.slot.live.client()).await;
+        self.held(asked).await
+    }
+
+    /// Records what is intended, and meanwhile holds the workload still: whatever comes of the record, the next
+    /// connection of any server would let it go.
+    pub(super) async fn begin_held(
+        &mut self,
+        operation: Operation,
+        recorded: &'static str,
+    ) -> Result<Held, EngineError> {
+        let record = async {
+            let begun = self.begin(operation).await;
+            faults::point(recorded);
+            begun
+        };
+        let (begun, asked) = tokio::join!(record, ask(self.slot.live.client()));
+        let held = self.held(asked).await;
+        match begun {
+            Ok(_) => Ok(held),
+            Err(error) => {
+                self.let_go(held).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn held(&mut self, asked: Asked) -> Held {
+        let Some((client, outcome)) = asked else {
             self.log.line("captured as it moves: its agent is not there");
             return Held(None);
         };
-        match client.freeze().await {
+        match outcome {
             Ok(()) => Held(Some(client)),
             Err(error) => {
                 self.log.line(&format!("captured as it moves: {error}"));

@@ -94,8 +94,7 @@ pub(crate) fn seal(directory: &Path, facts: Facts, devices: Devices) -> Result<S
         .map_err(|error| EngineError::io("encode the manifest", error.into()))?;
     let write = || -> io::Result<()> {
         write_synced(&directory.join(MANIFEST), &text)?;
-        sync_directory(directory)?;
-        directory.parent().map_or(Ok(()), sync_directory)
+        sync_names(directory)
     };
     write().map_err(|error| EngineError::io("write the manifest", error))?;
     Ok(blake3::hash(&text).to_hex().to_string())
@@ -130,14 +129,18 @@ pub(crate) fn read(directory: &Path, digest: &str) -> Result<(Manifest, Vec<u8>)
     }
 }
 
-/// Gives another directory the same files.
+/// Makes a directory's entries and its own name durable.
+pub(crate) fn sync_names(directory: &Path) -> io::Result<()> {
+    sync_directory(directory)?;
+    directory.parent().map_or(Ok(()), sync_directory)
+}
+
+/// Gives another directory the same files. They survive power loss only after [`sync_names`].
 pub(crate) fn share(from: &Path, to: &Path) -> Result<(), EngineError> {
-    let link = || -> io::Result<()> {
-        for name in [DEVICES, MANIFEST] {
-            std::fs::hard_link(from.join(name), to.join(name))?;
-        }
-        sync_directory(to)?;
-        to.parent().map_or(Ok(()), sync_directory)
+    let link = || {
+        [DEVICES, MANIFEST]
+            .into_iter()
+            .try_for_each(|name| std::fs::hard_link(from.join(name), to.join(name)))
     };
     link().map_err(|error| EngineError::io("share the device state", error))
 }

@@ -1,6 +1,10 @@
 //! Names: host name, resolvers and machine id, in the kernel and in the container's files.
 
-use std::{fs, io, net::Ipv4Addr, path::Path};
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    net::Ipv4Addr,
+};
 
 use hypeman_guest_api::NetworkConfig;
 use rustix::system::sethostname;
@@ -64,11 +68,16 @@ fn machine_id(instance_id: &str) -> String {
 }
 
 /// Writes a file, in the place of a link too: images link to files that only their own init would make.
+///
+/// Cut to its length only after it was written: a file that was emptied first is written to the disk by the file system
+/// when it is closed, for which a copy would wait before it goes on.
 fn write_anew(path: &str, content: &str) -> io::Result<()> {
     if fs::symlink_metadata(path).is_ok_and(|about| about.is_symlink()) {
         fs::remove_file(path)?;
     }
-    fs::write(Path::new(path), content)
+    let mut file = File::options().write(true).create(true).truncate(false).open(path)?;
+    file.write_all(content.as_bytes())?;
+    file.set_len(content.len() as u64)
 }
 
 #[cfg(test)]

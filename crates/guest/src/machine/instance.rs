@@ -220,8 +220,10 @@ impl Machine for Instance {
         // The clock while the host's word about it is fresh, then what others could confuse us by: an address that
         // another machine has, and random numbers that it draws too.
         self.set_time(identity.time_unix_nanos)?;
-        network::take_down()?;
-        if let Err(error) = inherited::end() {
+        // A machine without an interface has no connection to anybody else's address either.
+        if network::take_down()?
+            && let Err(error) = inherited::end()
+        {
             log_line!("the source's connections are left to their time limits: {error}");
         }
         network::apply(identity.network.as_ref())?;

@@ -161,14 +161,15 @@ fn first_interface() -> Option<String> {
     names.into_iter().next()
 }
 
-/// Nothing leaves by the first interface any more, if there is one.
-pub(super) fn take_down() -> Result<(), String> {
+/// Nothing leaves by the first interface any more. `false`: there is none.
+pub(super) fn take_down() -> Result<bool, String> {
     let Some(name) = first_interface() else {
-        return Ok(());
+        return Ok(false);
     };
     Interface::new(&name)
         .and_then(|interface| interface.set_up(false))
-        .map_err(|error| format!("network: interface: {error}"))
+        .map_err(|error| format!("network: interface: {error}"))?;
+    Ok(true)
 }
 
 /// Brings up loopback and gives the first interface its address, or takes it away.

@@ -1,4 +1,4 @@
-//! Credentials: borrowed for one operation, or found in Docker's `config.json`.
+//! Credentials: borrowed for one operation, or found in Docker's `config.json`, or kept by the helper that it names.
 //!
 //! They are held in memory only; `Debug` shows no secret.
 
@@ -10,6 +10,7 @@ use base64::Engine as _;
 use serde::Deserialize;
 use sha2::Digest as _;
 
+use super::helper::Helper;
 use crate::error::{ImageError, Result};
 use crate::reference::DEFAULT_REGISTRY;
 
@@ -114,8 +115,8 @@ impl fmt::Debug for Credentials {
 #[derive(Debug, Default)]
 pub(super) struct Stored {
     pub(super) credentials: Option<Credentials>,
-    /// Name of a credential helper that would have to be run; we run no programs.
-    pub(super) helper: Option<String>,
+    /// The credential helper that has to be asked, where the file itself has nothing.
+    pub(super) helper: Option<Helper>,
 }
 
 #[derive(Deserialize, Default)]
@@ -173,13 +174,9 @@ pub(super) fn stored(path: &Path, registry: &str) -> Result<Stored> {
         ImageError::document(WHAT, format!("line {}, column {}", error.line(), error.column()))
     })?;
     let matches = |key: &str| registry_of_key(key) == registry;
-    let entry = wire
-        .auths
-        .iter()
-        .find(|(key, _)| matches(key))
-        .map(|(_, auth)| auth);
+    let entry = wire.auths.iter().find(|(key, _)| matches(key));
     let credentials = match entry {
-        Some(auth) => credentials_of(auth).ok_or_else(|| {
+        Some((_, auth)) => credentials_of(auth).ok_or_else(|| {
             ImageError::document(
                 WHAT,
                 format!("the entry for {registry} is not base64 of user:password"),
@@ -187,20 +184,28 @@ pub(super) fn stored(path: &Path, registry: &str) -> Result<Stored> {
         })?,
         None => None,
     };
-    let helper = match credentials {
-        Some(_) => None,
-        None => wire
-            .cred_helpers
-            .iter()
-            .find(|(key, _)| matches(key))
-            .map(|(_, name)| name)
-            .cloned(),
-    };
-    let helper = helper.or_else(|| {
-        wire.creds_store
-            .filter(|_| credentials.is_none() && entry.is_some())
-    });
+    if credentials.is_some() {
+        return Ok(Stored {
+            credentials,
+            helper: None,
+        });
+    }
+    let own = wire.cred_helpers.into_iter().find(|(key, _)| matches(key));
+    let name = own.map(|(_, name)| name).or(wire.creds_store);
+    // Under the key that a login has left in the file it has put them into the helper too.
+    let key = entry.map_or_else(|| server_of(registry), |(key, _)| key.clone());
+    let helper = name
+        .filter(|name| !name.is_empty())
+        .map(|name| Helper { name, registry: key });
     Ok(Stored { credentials, helper })
+}
+
+/// What Docker calls a registry towards helpers.
+fn server_of(registry: &str) -> String {
+    match registry {
+        DEFAULT_REGISTRY => "https://index.docker.io/v1/".to_owned(),
+        other => other.to_owned(),
+    }
 }
 
 /// The registry that a key of `auths` means: keys may be URLs, and Docker Hub has a name of its own.
@@ -240,4 +245,47 @@ fn credentials_of(auth: &WireAuth) -> Option<Option<Credentials>> {
         (Some(username), password) => Some(Credentials::basic(username, password.unwrap_or_default())),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The helper that a file leads to, and what it is asked for.
+    fn helper(config: &str, registry: &str) -> Option<(String, String)> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), config).unwrap();
+        let helper = stored(file.path(), registry).unwrap().helper?;
+        Some((helper.name, helper.registry))
+    }
+
+    fn pair(name: &str, registry: &str) -> Option<(String, String)> {
+        Some((name.to_owned(), registry.to_owned()))
+    }
+
+    #[test]
+    fn a_registrys_own_helper_goes_before_the_one_of_all() {
+        let config = r#"{"auths": {"https://index.docker.io/v1/": {}, "here.test": {"auth": "YTpi"}},
+                         "credsStore": "pass", "credHelpers": {"aws.test:443": "ecr-login", "off.test": ""}}"#;
+        assert_eq!(helper(config, "aws.test:443"), pair("ecr-login", "aws.test:443"));
+        assert_eq!(helper(config, "other.test"), pair("pass", "other.test"));
+        assert_eq!(
+            helper(config, DEFAULT_REGISTRY),
+            pair("pass", "https://index.docker.io/v1/")
+        );
+        assert_eq!(helper(config, "here.test"), None, "the file has them itself");
+        assert_eq!(helper(config, "off.test"), None);
+        assert_eq!(helper("{}", "other.test"), None);
+    }
+
+    #[test]
+    fn a_helper_is_asked_for_what_docker_has_put_into_it() {
+        let config = r#"{"auths": {"https://reg.test/v1/": {}}, "credsStore": "pass"}"#;
+        assert_eq!(helper(config, "reg.test"), pair("pass", "https://reg.test/v1/"));
+        let config = r#"{"credsStore": "pass"}"#;
+        assert_eq!(
+            helper(config, DEFAULT_REGISTRY),
+            pair("pass", "https://index.docker.io/v1/")
+        );
+    }
 }

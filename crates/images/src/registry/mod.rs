@@ -14,10 +14,12 @@
 //! * A secret leaves this process only towards the registry that it belongs to, or that registry's own token service.
 //! * No request follows a server's word (redirect, realm, upload location) without the policy having agreed.
 //! * Every wait has a deadline and every answer a size limit.
+//! * No program is started but the credential helpers that Docker's configuration names (helper.rs).
 
 mod answer;
 mod auth;
 mod credentials;
+mod helper;
 mod meter;
 mod policy;
 mod progress;
@@ -28,6 +30,7 @@ mod session;
 mod transport;
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -73,6 +76,11 @@ pub struct ClientOptions {
     pub insecure: Vec<String>,
     /// Docker's `config.json` with stored credentials; read again for each operation, absent files are no error.
     pub docker_config: Option<PathBuf>,
+    /// Where the credential helpers that the file names are looked for, as `PATH`; where this process looks for
+    /// programs when absent.
+    pub helper_path: Option<OsString>,
+    /// How long a credential helper may take.
+    pub helper_timeout: Duration,
     /// The `User-Agent` header.
     pub user_agent: String,
     /// Extra certificate authorities, PEM, besides the system's.
@@ -95,6 +103,8 @@ impl Default for ClientOptions {
         Self {
             insecure: Vec::new(),
             docker_config: None,
+            helper_path: None,
+            helper_timeout: Duration::from_secs(30),
             user_agent: concat!("hypeman/", env!("CARGO_PKG_VERSION")).to_owned(),
             extra_roots: Vec::new(),
             trusted_realms: Vec::new(),

@@ -20,7 +20,7 @@ use super::answer::{is_passing, retry_after, server_message};
 use super::auth::{self, Challenge, Token, TokenKey};
 use super::credentials::{self, Credentials};
 use super::policy::{Origin, Policy, Reach};
-use super::{RegistryClient, read_limited, transport};
+use super::{RegistryClient, helper, read_limited, transport};
 use crate::error::{ImageError, Result};
 use crate::reference::Reference;
 
@@ -54,7 +54,8 @@ pub(super) struct Session {
     pub(super) cancel: CancellationToken,
     scope: String,
     credentials: Option<Credentials>,
-    helper: Option<String>,
+    /// Why the credential helper gave none.
+    helper_failure: Option<String>,
     /// `Authorization` by origin, for this operation only.
     authorizations: Mutex<HashMap<Origin, HeaderValue>>,
     /// Set when credentials exist but the token service is none of the registry's.
@@ -73,19 +74,32 @@ impl Session {
     ) -> Result<Self> {
         let options = &client.shared.options;
         let policy = Policy::new(reference, options)?;
-        let stored = match (borrowed, &options.docker_config) {
+        let mut stored = match (borrowed, &options.docker_config) {
             (None, Some(path)) => {
                 let (path, registry) = (path.clone(), reference.registry().to_owned());
                 crate::blobs::blocking(move || credentials::stored(&path, &registry)).await?
             }
             _ => credentials::Stored::default(),
         };
+        let mut helper_failure = None;
         if let Some(helper) = &stored.helper {
-            tracing::warn!(
-                registry = reference.registry(),
-                helper,
-                "credential helpers are not supported"
-            );
+            let asked = helper::ask(helper, options.helper_path.as_deref(), options.helper_timeout);
+            let answer = tokio::select! {
+                answer = asked => answer,
+                () = cancel.cancelled() => return Err(ImageError::Cancelled),
+            };
+            match answer {
+                Ok(credentials) => stored.credentials = credentials,
+                // Public images are pulled all the same.
+                Err(reason) => {
+                    tracing::warn!(
+                        registry = reference.registry(),
+                        reason,
+                        "no credentials from the helper"
+                    );
+                    helper_failure = Some(reason);
+                }
+            }
         }
         let repository = reference.repository().to_owned();
         let actions = match access {
@@ -99,7 +113,7 @@ impl Session {
             repository,
             cancel,
             credentials: borrowed.cloned().or(stored.credentials),
-            helper: stored.helper,
+            helper_failure,
             authorizations: Mutex::default(),
             withheld_from: Mutex::default(),
             reach: tokio::sync::OnceCell::new(),
@@ -447,11 +461,9 @@ impl Session {
                 self.host()
             );
         }
-        match (&self.credentials, &self.helper) {
+        match (&self.credentials, &self.helper_failure) {
             (Some(_), _) => "; check the credentials".to_owned(),
-            (None, Some(helper)) => {
-                format!("; the credential helper {helper:?} is not supported, pass credentials instead")
-            }
+            (None, Some(failure)) => format!("; {failure}; mend that, or pass credentials with the request"),
             (None, None) => "; the repository may not exist, or may need credentials".to_owned(),
         }
     }

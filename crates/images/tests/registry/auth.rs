@@ -170,21 +170,6 @@ async fn dockers_config_file_is_read_and_borrowed_credentials_win() {
 }
 
 #[tokio::test]
-async fn a_credential_helper_is_reported_as_unsupported() {
-    let registry = Registry::start().await;
-    registry.hook(|_| Some(answer(401, &[("www-authenticate", "Basic")], "")));
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let helpers = serde_json::json!({"credHelpers": {registry.address.to_string(): "ecr-login"}});
-    std::fs::write(file.path(), helpers.to_string()).unwrap();
-    let client = client_with(|options| options.docker_config = Some(file.path().to_owned()));
-    let error = client
-        .resolve(&registry.reference("app:v1"), &amd64(), None)
-        .await
-        .unwrap_err();
-    assert!(error.to_string().contains("ecr-login"), "{error}");
-}
-
-#[tokio::test]
 async fn a_damaged_config_file_is_an_error_that_quotes_nothing_of_it() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), r#"{"auths": {"127.0.0.1:1": {"auth": hunter2}}}"#).unwrap();

@@ -9,6 +9,7 @@
 mod auth;
 mod bad_days;
 mod distribution;
+mod helpers;
 mod parallel;
 mod pull;
 mod push;

@@ -101,8 +101,9 @@ impl CloudHypervisor {
 
     /// The binary for new machines.
     async fn newest(&self) -> Result<Binary, VmmError> {
-        self.gate.check().await?;
+        // A binary that is absent or too old is the first thing to mend, whatever the host can do.
         let mut all = self.binaries.all().await?;
+        self.gate.check().await?;
         match all.is_empty() {
             true => Err(VmmError::Unavailable(format!("{NAME} is not installed"))),
             false => Ok(all.swap_remove(0)),
@@ -475,4 +476,21 @@ fn listen(path: &Path) -> Result<OwnedFd, VmmError> {
     UnixListener::bind(path)
         .map(OwnedFd::from)
         .map_err(io_error("cannot listen on", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_advertised_depends_on_the_binary_and_on_what_the_host_has_shown() {
+        let has = |version, cannot_save, feature| features(version, cannot_save).contains(&feature);
+        assert!(!has(OLDEST, false, Feature::BalloonControl));
+        assert!(has(PATIENT_BALLOON, false, Feature::BalloonControl));
+        assert!(has(Version::new(53, 0, 0), false, Feature::BalloonControl));
+        for kept in [Feature::Snapshots, Feature::Standby, Feature::Fork] {
+            assert!(has(OLDEST, false, kept) && !has(OLDEST, true, kept));
+        }
+        assert!(has(OLDEST, true, Feature::Pause));
+    }
 }

@@ -18,13 +18,15 @@ use crate::process::{Ended, resident_and_cpu};
 use crate::rest::{CALL_DEADLINE, RestClient};
 use crate::workload_log::WorkloadLog;
 use crate::{
-    AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
+    Adjust, AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
     MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, disk_copies,
     turn,
 };
 
 /// Time between the end of the process and the last line in the workload's log. A full disk takes longer.
 const LOG_GRACE: Duration = Duration::from_secs(2);
+/// Versions after whose bare pause a guest is deaf (firecracker#6100).
+const DEAFENING: &str = "1.16.";
 
 /// A live (or just ended) Firecracker process and our way to it.
 #[derive(Debug)]
@@ -39,6 +41,8 @@ pub(super) struct FirecrackerMachine {
     workload_log: WorkloadLog,
     /// There while the machine waits for us with everything.
     hold: Mutex<Option<Hold>>,
+    /// It stands still and its guest does not know: no device state was taken since.
+    paused_unnoticed: AtomicBool,
     killed: AtomicBool,
     jail: Option<JailReport>,
 }
@@ -62,6 +66,7 @@ impl FirecrackerMachine {
             disks: spec.disks.clone(),
             workload_log,
             hold: Mutex::new(None),
+            paused_unnoticed: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             jail: None,
         }
@@ -70,6 +75,17 @@ impl FirecrackerMachine {
     /// What of a jail its process bears.
     pub(super) fn in_jail(self, jail: Option<JailReport>) -> Self {
         Self { jail, ..self }
+    }
+
+    /// Another server started it, and may have paused it.
+    pub(super) fn taken_back(self) -> Self {
+        self.paused_unnoticed.store(true, Ordering::Release);
+        self
+    }
+
+    /// The way to the process.
+    pub(super) fn client(&self) -> &RestClient {
+        &self.client
     }
 
     async fn change_state(&self, state: &str) -> Result<(), VmmError> {
@@ -97,6 +113,12 @@ impl FirecrackerMachine {
             },
         }
     }
+}
+
+/// Whether a guest hears nothing on vsock any more after a pause that it did not notice: these versions then wait until
+/// the guest has taken note of a reset of its connections, which they send with a device state only.
+fn deafens_its_guest(version: Option<&str>) -> bool {
+    version.is_none_or(|version| version.starts_with(DEAFENING))
 }
 
 #[async_trait]
@@ -133,14 +155,26 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        self.change_state("Paused").await
+        self.change_state("Paused").await?;
+        self.paused_unnoticed.store(true, Ordering::Release);
+        Ok(())
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
+        let unnoticed = self.paused_unnoticed.load(Ordering::Acquire);
+        let version = self.identity.as_ref().map(|identity| identity.version.as_str());
+        if unnoticed && deafens_its_guest(version) {
+            // It goes on all the same: a guest that is deaf is better than one that stands still.
+            if let Err(error) = self.save_devices().await {
+                tracing::warn!(%error, "the guest may not hear its host any more");
+            }
+        }
         if let Some(hold) = self.hold.lock().await.take() {
             hold.release().await;
         }
-        self.change_state("Resumed").await
+        self.change_state("Resumed").await?;
+        self.paused_unnoticed.store(false, Ordering::Release);
+        Ok(())
     }
 
     async fn guest_memory(&self) -> Result<GuestMemory, VmmError> {
@@ -168,6 +202,7 @@ impl Machine for FirecrackerMachine {
         }
         let (state, hold) = hold::save(&self.client, &self.files).await?;
         *held = Some(hold);
+        self.paused_unnoticed.store(false, Ordering::Release);
         Ok(state)
     }
 
@@ -231,11 +266,27 @@ impl Machine for FirecrackerMachine {
         finished
     }
 
+    fn adjust(&self) -> Option<&dyn Adjust> {
+        Some(self)
+    }
+
     fn stats(&self) -> Result<MachineStats, VmmError> {
         let process = self.client.process();
         if process.ended_now().is_some() || !process.identity().is_alive() {
             return Err(VmmError::Gone);
         }
         resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_versions_that_deafen_their_guests_reset_its_connections_after_a_bare_pause() {
+        assert!(!deafens_its_guest(Some("1.15.1")) && !deafens_its_guest(Some("1.17.0")));
+        assert!(deafens_its_guest(Some("1.16.0")) && deafens_its_guest(Some("1.16.1")));
+        assert!(deafens_its_guest(None), "whose version nobody knows");
     }
 }

@@ -11,6 +11,7 @@
 //! So it works in a directory of the machine and knows them by short relative names, which lead elsewhere in each
 //! machine (`files.rs`): no fork depends on its source's directory.
 
+mod adjust;
 mod configuration;
 mod files;
 mod hold;
@@ -42,9 +43,9 @@ use crate::{
     ProcessIdentity, Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions,
 };
 
-/// The oldest version whose configuration and device state this driver was verified with. All older ones with known
-/// holes (the last is CVE-2019-18960) are far below.
-pub(crate) const OLDEST: Version = Version::new(1, 15, 0);
+/// Before it, a guest could write outside of its queues (CVE-2026-5747), and older ones still have further holes (as
+/// CVE-2019-18960). It is also the oldest whose configuration and device state this driver was verified with.
+pub(crate) const OLDEST: Version = Version::new(1, 15, 1);
 /// Goes up when a machine of the same specification gets other devices than before.
 const DEVICES_REVISION: u32 = 1;
 /// How long a starting Firecracker may take until it answers. It takes 10 ms on an idle machine.
@@ -322,6 +323,7 @@ impl Vmm for Firecracker {
                     Feature::Standby,
                     Feature::Fork,
                     Feature::Pause,
+                    Feature::BalloonControl,
                     Feature::Vsock,
                     Feature::DiskIoLimit,
                 ],
@@ -376,7 +378,7 @@ impl Vmm for Firecracker {
         let console = Console::new(spec.vmm_log.clone(), None);
         let segments = files.remembered_memory();
         let workload_log = WorkloadLog::listen(&files.log_socket(), &spec.workload_log)?;
-        Ok(Box::new(FirecrackerMachine::new(
+        let machine = FirecrackerMachine::new(
             client,
             files,
             console,
@@ -384,7 +386,8 @@ impl Vmm for Firecracker {
             identity.cloned(),
             spec,
             workload_log,
-        )))
+        );
+        Ok(Box::new(machine.taken_back()))
     }
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {

@@ -127,7 +127,7 @@ pub(crate) async fn run(context: &Context, command: &SnapshotCommand) -> Result<
             context.output.object(&snapshot, "id", shown)
         }
         SnapshotCommand::Delete(arguments) => {
-            each(&arguments.snapshots, async |snapshot| {
+            each(context, &arguments.snapshots, async |snapshot| {
                 let id = find(context, snapshot, None).await?;
                 context.client.delete(&["snapshots", &id], &[]).await?;
                 if context.output.human() {

@@ -1,9 +1,9 @@
 //! `hypeman snapshot tree`: which snapshot descends from which.
 //!
 //! ```text
-//! q7z1w7l2af4l8y7q1h7g2m3s  base    web       2 days ago
-//! ├─ a7z1w7l2af4l8y7q1h7g2m3s  next  web       3 hours ago
-//! │  └─ b7z1w7l2af4l8y7q1h7g2m3s  -     worker-1  2 hours ago
+//! q7z1w7l2af4l8y7q1h7g2m3s base (web, Standby, 2 days ago)
+//! ├─ a7z1w7l2af4l8y7q1h7g2m3s next (web, Standby, 3 hours ago)
+//! │  └─ b7z1w7l2af4l8y7q1h7g2m3s (worker-1, Stopped, 2 hours ago)
 //! └─ …
 //! ```
 //!

@@ -28,7 +28,7 @@ pub struct VerifyArgs {
 
 /// Verifies snapshots; goes on after a damaged one.
 pub(super) async fn run(context: &Context, arguments: &VerifyArgs) -> Result<(), CliError> {
-    each(&arguments.snapshots, async |snapshot| {
+    each(context, &arguments.snapshots, async |snapshot| {
         let id = find(context, snapshot, None).await?;
         let result = follow(context, snapshot, &id).await?;
         if result.text("state") != Some("intact") {

@@ -1,0 +1,60 @@
+//! Memory that comes page by page: who serves it outlives the server, and is missed aloud when it is silent or gone.
+
+use hypeman_tests::{Server, ServerOptions, have, pagers_of, skip_unless, told_on};
+use rustix::process::Signal;
+use serde_json::json;
+
+#[tokio::test]
+async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    if !told_on("firecracker") {
+        return;
+    }
+    let mut server = Server::start_with(ServerOptions {
+        settings: vec![("hypervisor.firecracker.pager", json!("always"))],
+        ..ServerOptions::default()
+    })
+    .await;
+    let image = server.busybox().await;
+    let guest = server
+        .counting(&image, json!({"hypervisor": "firecracker"}))
+        .await;
+    guest.standby().await;
+    guest.restore().await;
+    let pagers = pagers_of(server.data_directory());
+    skip_unless!(!pagers.is_empty(), "needs userfaultfd");
+    assert_eq!(pagers.len(), 1, "one for all machines");
+    let counted = guest.goes_on(0).await;
+
+    server.kill();
+    server.start_again().await;
+    guest.wait_for("Running").await;
+    assert_eq!(pagers_of(server.data_directory()), pagers, "it is the same one");
+    let counted = guest.goes_on(counted).await;
+
+    pagers[0].signal(Signal::STOP);
+    guest
+        .wait_until("its silence is told with the reason", |instance| {
+            instance["state"] == "Unknown"
+                && instance["state_error"]
+                    .as_str()
+                    .is_some_and(|reason| reason.starts_with("the VMM"))
+        })
+        .await;
+    pagers[0].signal(Signal::CONT);
+    guest
+        .wait_until("it runs again", |instance| instance["state"] == "Running")
+        .await;
+    guest.goes_on(counted).await;
+
+    pagers[0].signal(Signal::KILL);
+    let ended = guest
+        .wait_until("its end is told", |instance| instance["state"] == "Stopped")
+        .await;
+    let reason = ended["exit_message"].as_str().unwrap();
+    assert!(reason.contains("memory is not served any more"), "{ended}");
+    assert_eq!(server.vmms(), vec![]);
+    guest.start(json!({})).await;
+    assert_eq!(guest.output("cat /root/note").await, "before");
+    guest.delete().await;
+}
