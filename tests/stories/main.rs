@@ -10,6 +10,7 @@
 mod access;
 mod bad_days;
 mod command_line;
+mod command_line_snapshots;
 mod contract;
 mod copy;
 mod crash;
