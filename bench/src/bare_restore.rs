@@ -12,8 +12,8 @@ use hypeman_guest_api::host::{ExecOutput, GuestClient};
 use hypeman_guest_api::{AgentKey, ExecRequest};
 use hypeman_store::{Store, StoreError};
 use hypeman_vmm::{
-    Disk, JailMode, JailOptions, Machine, MachineSpec, MemoryBacking, Restore, StateIdentity, Vmm, VmmKind,
-    VmmOptions, Vmms,
+    AgentChannel, Disk, JailMode, JailOptions, Machine, MachineSpec, MemoryBacking, Patch, Restore,
+    StateIdentity, Vmm, VmmKind, VmmOptions, Vmms,
 };
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -26,10 +26,14 @@ use crate::server::Server;
 /// Longer than a guest takes to answer under any load.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// An empty file: what a machine that goes on loads as kernel and initramfs, which some VMMs open all the same.
+const NOTHING: &str = "nothing";
+
 /// What captured machines are started with.
 #[derive(Debug)]
 pub struct BareVmms {
-    runtime: Runtime,
+    /// Where what is asked of a machine runs.
+    pub runtime: Runtime,
     vmms: Vmms,
     folder: tempfile::TempDir,
 }
@@ -41,9 +45,11 @@ pub struct BareRestore<'a> {
     vmm: Arc<dyn Vmm>,
     spec: MachineSpec,
     overlay: PathBuf,
-    devices: Vec<u8>,
+    /// The state of its devices, as the driver has it.
+    pub devices: Vec<u8>,
     identity: StateIdentity,
-    key: AgentKey,
+    /// What its agent knows the host by.
+    pub key: AgentKey,
     /// Where its memory lies.
     pub memory: PathBuf,
 }
@@ -66,6 +72,8 @@ impl BareVmms {
             None => builder.tempdir(),
         };
         let folder = folder.map_err(|error| BenchError::io("make a directory", error))?;
+        std::fs::write(folder.path().join(NOTHING), [])
+            .map_err(|error| BenchError::io("make a file", error))?;
         Ok(Self {
             runtime,
             vmms: Vmms::detect(VmmOptions {
@@ -114,8 +122,8 @@ impl BareVmms {
             cpus: u32::try_from(number(&source["vcpus"])).unwrap_or(1),
             memory_bytes: number(&source["memory_bytes"]),
             memory: MemoryBacking::Private(memory.clone()),
-            kernel: PathBuf::new(),
-            initramfs: PathBuf::new(),
+            kernel: self.folder.path().join(NOTHING),
+            initramfs: self.folder.path().join(NOTHING),
             kernel_arguments: Vec::new(),
             disks: vec![Disk {
                 path: data.join("images").join(root).join("rootfs.erofs"),
@@ -174,12 +182,35 @@ impl BareRestore<'_> {
             failure.map_or(Ok(took), Err)
         });
         for number in 0..count {
-            let _ = std::fs::remove_dir_all(self.host.folder.path().join(number.to_string()));
+            self.forget(number);
         }
         outcome
     }
 
-    fn spec(&self, number: usize) -> Result<MachineSpec> {
+    /// Starts one machine and returns when it has run a command.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn start(&self, spec: MachineSpec, patch: Option<Patch>) -> Result<Box<dyn Machine>> {
+        let restore = Restore {
+            identity: self.identity.clone(),
+            device_state: self.devices.clone(),
+            patch,
+        };
+        let running = wake(Arc::clone(&self.vmm), spec, restore, &self.key);
+        self.host.runtime.block_on(running)
+    }
+
+    /// Removes the files of machine `number`, which has ended.
+    pub fn forget(&self, number: usize) {
+        let _ = std::fs::remove_dir_all(self.host.folder.path().join(number.to_string()));
+    }
+
+    /// Describes machine `number`, with disks of its own.
+    ///
+    /// # Errors
+    /// They cannot be copied.
+    pub fn spec(&self, number: usize) -> Result<MachineSpec> {
         let folder = self.host.folder.path().join(number.to_string());
         std::fs::create_dir_all(&folder).map_err(|error| BenchError::io("make a directory", error))?;
         let overlay = folder.join("overlay.raw");
@@ -212,7 +243,16 @@ async fn wake(
         .await
         .map_err(|error| failed(&error))?;
     machine.resume().await.map_err(|error| failed(&error))?;
-    let channel = machine.agent_channel();
+    answer(&machine.agent_channel(), key).await?;
+    Ok(machine)
+}
+
+/// Returns when the guest behind a channel has run a command.
+///
+/// # Errors
+/// It does not answer.
+pub async fn answer(channel: &AgentChannel, key: &AgentKey) -> Result<()> {
+    let failed = |error: &dyn std::fmt::Display| BenchError::Answer(format!("the bare restore: {error}"));
     let began = Instant::now();
     // A vsock device of a machine that has just gone on refuses for a moment.
     let client = loop {
@@ -240,7 +280,7 @@ async fn wake(
     let mut session = client.exec(request).await.map_err(|error| failed(&error))?;
     while let Some(output) = session.next().await.map_err(|error| failed(&error))? {
         if matches!(output, ExecOutput::Exit(0)) {
-            return Ok(machine);
+            return Ok(());
         }
     }
     Err(failed(&"its command failed"))

@@ -18,7 +18,9 @@
     clippy::cast_sign_loss
 )]
 
+mod bare_cloud_hypervisor;
 mod bare_http;
+mod bare_offload;
 mod bare_qemu;
 mod bare_restore;
 mod benches;
@@ -29,12 +31,14 @@ mod error;
 mod guests;
 mod http;
 mod load;
+mod offload;
 mod place;
 mod process;
 mod registry;
 mod remote;
 mod report;
 mod server;
+mod source;
 mod statistics;
 mod tree;
 mod virsh;

@@ -7,6 +7,7 @@ mod convert;
 mod exec;
 mod list;
 mod memory;
+mod offload;
 mod pager;
 mod restore;
 mod scaling;
@@ -25,7 +26,7 @@ use crate::report::Section;
 type Run = fn(&Context, &mut Section) -> Result<()>;
 
 /// All benches: name, what is measured against what, and the code.
-pub const ALL: [(&str, &str, Run); 13] = [
+pub const ALL: [(&str, &str, Run); 14] = [
     (
         "boot",
         "create to Running, against bare QEMU booting the same kernel to an init that exits",
@@ -85,6 +86,11 @@ pub const ALL: [(&str, &str, Run); 13] = [
         "pager",
         "page faults served from stored memory, against copying the same pages",
         pager::run,
+    ),
+    (
+        "offload",
+        "capture and restore on Cloud Hypervisor, against its own offload protocol with the same guest",
+        offload::run,
     ),
     ("memory", "resident memory of the server", memory::run),
 ];

@@ -20,13 +20,9 @@ pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
     to.parent().map_or(Ok(()), sync_directory)
 }
 
-/// Removes a tree, or a file, that may not exist.
+/// Removes a tree, or a file, that may not exist. A VMM may have shaped it.
 pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => std::fs::remove_file(path),
-        other => other,
-    }
+    hypeman_vmm::remove_tree(path)
 }
 
 /// Holds the data directory for this process until dropped.

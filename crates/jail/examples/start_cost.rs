@@ -56,7 +56,7 @@ fn main() {
             directory: Path::new("/"),
             output: output.as_fd(),
             keep: &[],
-            memory: None,
+            lent: None,
         };
         let confined = jail.spawn(&spec, launch).unwrap();
         times[0].push(begun.elapsed());

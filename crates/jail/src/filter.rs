@@ -3,7 +3,8 @@
 //! The first takes away what no VMM needs and what makes kernels fall: namespaces, mounts, modules, tracing, keys. It
 //! matters most where an unprivileged process could make a user namespace and be root in it.
 //!
-//! The second asks us when a file is opened in one particular way (see [`crate::opener`]).
+//! The second asks us when a file is opened in one particular way (see [`crate::opener`]), or what is asked of a TAP
+//! (see [`crate::tap`]).
 
 use libc::sock_filter;
 
@@ -12,6 +13,7 @@ const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const LITTLE: bool = cfg!(target_endian = "little");
 const FIRST_ARGUMENT: u32 = if LITTLE { 16 } else { 20 };
+const SECOND_ARGUMENT: u32 = if LITTLE { 24 } else { 28 };
 const THIRD_ARGUMENT: u32 = if LITTLE { 32 } else { 36 };
 
 #[cfg(target_arch = "x86_64")]
@@ -29,6 +31,7 @@ const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
 const IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
 const IF_AT_LEAST: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
 const IF_ANY_BIT: u16 = (libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K) as u16;
+const AND: u16 = (libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16;
 const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
@@ -43,6 +46,25 @@ const NAMESPACES: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET) as u32;
+
+/// How VMMs open the device of TAPs.
+const TAP_OPEN: u32 = (libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) as u32;
+/// Some libraries always set it, and it changes nothing here.
+const LARGE_FILE: u32 = if cfg!(target_arch = "aarch64") {
+    0o400_000
+} else {
+    0o100_000
+};
+/// The older way to open a file, where there is one.
+#[cfg(target_arch = "x86_64")]
+const OPEN: Option<libc::c_long> = Some(libc::SYS_open);
+#[cfg(not(target_arch = "x86_64"))]
+const OPEN: Option<libc::c_long> = None;
+/// What VMMs ask of a TAP by its name.
+pub(crate) const TAP_ATTACH: u32 = libc::TUNSETIFF as u32;
+const TAP_ADDRESS: u32 = libc::SIOCGIFHWADDR as u32;
+const TAP_FLAGS: u32 = libc::SIOCGIFFLAGS as u32;
+pub(crate) const TAP_MTU: u32 = libc::SIOCGIFMTU as u32;
 
 /// What no VMM needs.
 const REFUSED: [libc::c_long; 39] = [
@@ -136,6 +158,36 @@ pub(crate) fn ask_about_open() -> Vec<sock_filter> {
     ]
 }
 
+/// Asks us about files that are opened as the device of TAPs is, and about TAPs.
+pub(crate) fn ask_about_tap() -> Vec<sock_filter> {
+    let questions = [TAP_ATTACH, TAP_ADDRESS, TAP_FLAGS, TAP_MTU];
+    let opens = [TAP_OPEN];
+    let mut calls: Vec<(libc::c_long, u32, u32, &[u32])> = vec![
+        (libc::SYS_ioctl, SECOND_ARGUMENT, u32::MAX, questions.as_slice()),
+        (libc::SYS_openat, THIRD_ARGUMENT, !LARGE_FILE, opens.as_slice()),
+    ];
+    calls.extend(OPEN.map(|number| (number, SECOND_ARGUMENT, !LARGE_FILE, opens.as_slice())));
+    let mut program = vec![
+        instruction(LOAD, ARCHITECTURE, 0, 0),
+        instruction(IF_EQUAL, NATIVE, 1, 0),
+        instruction(RETURN, ALLOW, 0, 0),
+        instruction(LOAD, NUMBER, 0, 0),
+    ];
+    for (number, argument, mask, wanted) in calls {
+        // Another call: over the comparisons and four more.
+        program.push(instruction(IF_EQUAL, number as u32, 0, (wanted.len() + 4) as u8));
+        program.push(instruction(LOAD, argument, 0, 0));
+        program.push(instruction(AND, mask, 0, 0));
+        for (at, value) in wanted.iter().enumerate() {
+            program.push(instruction(IF_EQUAL, *value, (wanted.len() - at) as u8, 0));
+        }
+        program.push(instruction(RETURN, ALLOW, 0, 0));
+        program.push(instruction(RETURN, libc::SECCOMP_RET_USER_NOTIF, 0, 0));
+    }
+    program.push(instruction(RETURN, ALLOW, 0, 0));
+    program
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -162,6 +214,10 @@ mod tests {
                 IF_EQUAL => jump(value == step.k),
                 IF_AT_LEAST => jump(value >= step.k),
                 IF_ANY_BIT => jump(value & step.k != 0),
+                AND => {
+                    value &= step.k;
+                    1
+                }
                 RETURN => return step.k,
                 other => panic!("{other}"),
             };
@@ -203,6 +259,33 @@ mod tests {
             assert_eq!(open(libc::SYS_openat, flags), ALLOW);
         }
         assert_eq!(open(libc::SYS_read, libc::O_RDWR), ALLOW);
+    }
+
+    #[test]
+    fn a_tap_is_asked_about_however_it_is_opened() {
+        const ASK: u32 = libc::SECCOMP_RET_USER_NOTIF;
+        let call = |number: libc::c_long, arguments: [u64; 6]| {
+            run(&ask_about_tap(), NATIVE, number as u32, arguments)
+        };
+        for flags in [TAP_OPEN, TAP_OPEN | LARGE_FILE].map(u64::from) {
+            assert_eq!(call(libc::SYS_openat, [0, 0, flags, 0, 0, 0]), ASK);
+            if let Some(open) = OPEN {
+                assert_eq!(call(open, [0, flags, 0, 0, 0, 0]), ASK);
+                assert_eq!(call(open, [0, 0, flags, 0, 0, 0]), ALLOW);
+            }
+            let creates = flags | libc::O_CREAT as u64;
+            assert_eq!(call(libc::SYS_openat, [0, 0, creates, 0, 0, 0]), ALLOW);
+            assert_eq!(call(libc::SYS_read, [0, flags, flags, 0, 0, 0]), ALLOW);
+        }
+        for asked in [TAP_ATTACH, TAP_ADDRESS, TAP_FLAGS, TAP_MTU] {
+            assert_eq!(call(libc::SYS_ioctl, [7, u64::from(asked), 0, 0, 0, 0]), ASK);
+            // The kernel looks at no more of it than this.
+            let beyond = u64::from(asked) | 1 << 32;
+            assert_eq!(call(libc::SYS_ioctl, [7, beyond, 0, 0, 0, 0]), ASK);
+        }
+        for other in [libc::TUNGETFEATURES as u32, libc::SIOCSIFFLAGS as u32, 0xae80] {
+            assert_eq!(call(libc::SYS_ioctl, [7, u64::from(other), 0, 0, 0, 0]), ALLOW);
+        }
     }
 
     proptest! {

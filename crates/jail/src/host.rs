@@ -22,8 +22,8 @@ use crate::stage;
 use crate::system::unshare;
 use crate::user::{User, Users};
 use crate::{
-    Confined, Item, JailError, JailOptions, JailSpec, Launch, Limits, Mode, Network, Report, Restraint,
-    filter, opener, restraint,
+    Confined, Item, JailError, JailOptions, JailSpec, Launch, Lent, Limits, Mode, Report, Restraint, filter,
+    opener, restraint,
 };
 
 /// How many starts leave their control groups behind until somebody tidies up.
@@ -207,15 +207,9 @@ impl Jail {
             ..Report::default()
         };
         Self::note_always(&mut report, ability);
-        if spec.network == Network::Host {
-            report.active.retain(|item| *item != Item::NetworkNamespace);
-            let reason = "this VMM opens its TAP by name, in the host's network";
-            report.note(Item::NetworkNamespace, Some(reason.to_owned()));
-        }
         note_limits(&mut report, &spec.limits, group.as_ref(), &ability.groups);
         let shell = self.shell(spec)?;
-        let memory = launch.memory;
-        let asks = memory.is_some();
+        let lent = launch.lent;
         let attempt = Attempt {
             spec,
             user: &user,
@@ -230,7 +224,7 @@ impl Jail {
                 launch.directory,
                 launch.output.as_raw_fd(),
                 launch.keep.iter().map(AsRawFd::as_raw_fd).collect(),
-                asks,
+                lent.as_ref().map(Lent::filter),
             )
             .map_err(|failure| match failure {
                 Stillborn::Before(error) => error,
@@ -239,10 +233,10 @@ impl Jail {
                     source,
                 ),
             })?;
-        if let (Some(listener), Some(memory)) = (born.listener, memory)
-            && let Err(error) = opener::answer(listener, memory)
+        if let (Some(listener), Some(lent)) = (born.listener, lent)
+            && let Err(error) = opener::answer(listener, lent)
         {
-            // It would wait for its memory for ever; nobody answers now, so it ends by itself.
+            // It would wait for ever; nobody answers now, so it ends by itself.
             tracing::warn!(%error, "nobody can answer a VMM");
         }
         Ok(Confined {
@@ -301,7 +295,7 @@ impl Jail {
                 group: None,
             };
             // A directory can't be executed: that it comes to that is all that is wanted.
-            let tried = attempt.run(&shell, Path::new("/"), &[], Path::new("/"), 2, Vec::new(), false);
+            let tried = attempt.run(&shell, Path::new("/"), &[], Path::new("/"), 2, Vec::new(), None);
             match tried {
                 Err(Stillborn::At(Step::Execute, _)) | Ok(_) => break,
                 Err(Stillborn::At(step, error)) => match step.item().filter(|item| items.contains(item)) {
@@ -345,7 +339,7 @@ impl Attempt<'_> {
         directory: &Path,
         output: i32,
         mut keep: Vec<i32>,
-        asks: bool,
+        ask: Option<Vec<libc::sock_filter>>,
     ) -> Result<Born, Stillborn> {
         let before = Stillborn::Before;
         let line = Line::open().map_err(before)?;
@@ -372,7 +366,7 @@ impl Attempt<'_> {
                 .contains(&Item::UserNamespace)
                 .then(|| Maps::of(uid, gid)),
             restrict: filter::restrict(),
-            ask: asks.then(filter::ask_about_open),
+            ask,
         };
         let birth = Birth {
             pid_namespace,

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
+use rustix::fs::Mode;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use crate::shell::{attach, make_place};
@@ -37,6 +38,8 @@ pub fn show_to(process: u32, show: &Show) -> Result<(), JailError> {
     let work = move || -> io::Result<()> {
         unshare(UnshareFlags::FS)?;
         move_into_link_name_space(place.as_fd(), Some(LinkNameSpaceType::Mount))?;
+        // The process must get through what is made here, whatever the mask that the server was started with.
+        rustix::process::umask(Mode::WGRP | Mode::WOTH);
         make_place(&held.path, held.is_directory)?;
         attach(held.tree.as_fd(), &held.path)
     };

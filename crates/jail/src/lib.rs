@@ -34,15 +34,16 @@ mod spawn;
 mod spec;
 mod stage;
 mod system;
+mod tap;
 mod user;
 
 pub use host::Jail;
 pub use later::show_to;
-pub use launch::{Confined, Launch, Memory};
+pub use launch::{Confined, Launch, Lent, Memory, Tap};
 pub use options::{JailOptions, Mode};
 pub use report::{Item, Report};
 pub use restraint::Restraint;
-pub use spec::{Access, Grant, JailSpec, Limits, Network, Show};
+pub use spec::{Access, Grant, JailSpec, Limits, Show};
 
 use std::io;
 

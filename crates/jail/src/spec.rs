@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::JailError;
 
-/// One jail, complete. Paths are absolute and made by the server, never by clients.
+/// One jail, complete; its network is empty. Paths are absolute and made by the server, never by clients.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JailSpec {
     /// Files and directories, each at its usual place.
@@ -14,8 +14,6 @@ pub struct JailSpec {
     /// Device nodes besides `null`, `zero`, `full`, `random` and `urandom`, as `/dev/kvm`. What the host lacks is left
     /// out.
     pub devices: Vec<PathBuf>,
-    /// Which network it sees.
-    pub network: Network,
     /// How much it may use.
     pub limits: Limits,
 }
@@ -51,16 +49,6 @@ pub enum Grant {
     Owner,
     /// The group of all jails may read it. For what several machines share.
     Group,
-}
-
-/// Which network the process sees.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Network {
-    /// An empty one of its own. A TAP comes as a descriptor.
-    #[default]
-    Empty,
-    /// The host's: for a VMM that opens its TAP by name.
-    Host,
 }
 
 /// How much a process may use. What is absent is not limited.
@@ -171,7 +159,6 @@ mod tests {
         let spec = JailSpec {
             show: vec![Show::own("/srv/a"), Show::shared("/srv/b"), Show::run("/opt/vmm")],
             devices: vec!["/dev/kvm".into()],
-            network: Network::Host,
             limits: Limits {
                 processes: Some(64),
                 ..Limits::default()

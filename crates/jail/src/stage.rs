@@ -20,7 +20,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 use crate::shell::{Shell, attach, hold, is_system, make_place, temporary, top_of};
 use crate::system::unshare;
 use crate::user::{Ids, User};
-use crate::{Access, Grant, Item, JailError, JailSpec, Network, Show};
+use crate::{Access, Grant, Item, JailError, JailSpec, Show};
 
 /// Devices that every process may have.
 const COMMON: [&str; 5] = [
@@ -88,13 +88,12 @@ pub(crate) fn enter(shell: &Shell, spec: &JailSpec, user: &User, items: &[Item])
     place_devices(&devices, user)?;
 
     let mut flags = UnshareFlags::empty();
-    let empty_network = spec.network == Network::Empty;
     for (item, flag) in [
         (Item::NetworkNamespace, UnshareFlags::NEWNET),
         (Item::IpcNamespace, UnshareFlags::NEWIPC),
         (Item::UtsNamespace, UnshareFlags::NEWUTS),
     ] {
-        if items.contains(&item) && (empty_network || item != Item::NetworkNamespace) {
+        if items.contains(&item) {
             flags |= flag;
         }
     }

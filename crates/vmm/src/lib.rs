@@ -27,6 +27,8 @@ mod registry;
 mod rest;
 mod socket;
 mod spec;
+mod tap;
+mod tree;
 mod turn;
 mod workload_log;
 
@@ -39,4 +41,5 @@ pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};
 pub use registry::{VmmOptions, Vmms};
 pub use spec::{Accelerator, AgentChannel, Disk, IoLimit, MachineSpec, MemoryBacking, Nic};
+pub use tree::remove_tree;
 pub use workload_log::WorkloadLog;

@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 
 use crate::VmmError;
 use crate::files::io_error;
+use crate::tree::remove_tree;
 
 const NAME: &str = "vmm";
 
@@ -55,10 +56,7 @@ impl OwnDirectory {
 
     /// Removes it with all that is in it.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove_tree(&self.path)
     }
 
     /// Writes a file that the VMM can read; nobody else can enter the directory.
@@ -136,6 +134,55 @@ pub(crate) fn hold_socket(path: &Path) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::stand_in::StandIn;
+
+    /// What a program in the VMM's place leaves behind: each thing is what the server would look for.
+    #[tokio::test]
+    async fn a_hostile_program_leads_the_server_nowhere() {
+        let Some(stand_in) = StandIn::new() else {
+            return;
+        };
+        let secret = stand_in.path("secret");
+        let ours = stand_in.path("ours.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&ours).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let about = |path: &Path| {
+            let about = fs::metadata(path).unwrap();
+            (about.uid(), about.mode())
+        };
+        let before = (about(&secret), about(&ours));
+        let own = stand_in.own();
+        own.write("state", b"a state").unwrap();
+        let (secret_name, ours_name) = (secret.display(), ours.display());
+        let script = format!(
+            "rm state; ln -s {secret_name} state; mkfifo pipe; truncate -s 1G huge; mkdir directory; ln -s / tree
+            ln -s {ours_name} api.sock; mknod device c 1 5 2> /dev/null; ls"
+        );
+        let said = stand_in.run(&own, |_| script).await;
+        let names: Vec<&str> = said.lines().collect();
+        assert_eq!(names, ["api.sock", "directory", "huge", "pipe", "state", "tree"]);
+
+        for name in names {
+            let error = own.read(name, 100).unwrap_err();
+            if name == "huge" {
+                assert!(error.to_string().contains("101 bytes or more"), "{error}");
+            }
+            assert!(hold_socket(&own.join(name)).is_err(), "{name}");
+            assert!(
+                crate::socket::connect_to_vmm(&own.join(name)).await.is_err(),
+                "{name}"
+            );
+            assert!(crate::socket::open_to_vmm(&own.join(name)).is_err(), "{name}");
+            own.give(name).unwrap();
+        }
+        let nobody = listener.accept().unwrap_err();
+        assert_eq!(nobody.kind(), io::ErrorKind::WouldBlock);
+        own.write("state", b"ours").unwrap();
+        assert!(own.write("directory", b"ours").is_err());
+        own.remove().unwrap();
+        assert_eq!(fs::read(&secret).unwrap(), b"secret");
+        assert_eq!((about(&secret), about(&ours)), before);
+    }
 
     #[test]
     fn the_server_follows_nothing_and_waits_at_nothing() {

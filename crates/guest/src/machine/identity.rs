@@ -75,7 +75,11 @@ fn write_anew(path: &str, content: &str) -> io::Result<()> {
     if fs::symlink_metadata(path).is_ok_and(|about| about.is_symlink()) {
         fs::remove_file(path)?;
     }
-    let mut file = File::options().write(true).create(true).truncate(false).open(path)?;
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
     file.write_all(content.as_bytes())?;
     file.set_len(content.len() as u64)
 }

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use libc::{c_int, c_long};
@@ -87,6 +88,12 @@ fn attempts() {
     if let Some(path) = order("memory") {
         return memory(path);
     }
+    if let Some(name) = order("tap") {
+        return tap(name);
+    }
+    if let Some(number) = order("line") {
+        return later(number, &order);
+    }
     files(&order);
     rights(&order);
     network(&order);
@@ -96,6 +103,99 @@ fn attempts() {
 }
 
 type Orders<'a> = &'a dyn Fn(&str) -> Option<&'a str>;
+
+/// `struct ifreq`: a name, and what is said or asked about it.
+#[repr(C, align(8))]
+pub(crate) struct Request([u8; size_of::<libc::ifreq>()]);
+
+impl Request {
+    pub(crate) fn new(name: &str, number: i32) -> Self {
+        let mut bytes = [0; size_of::<libc::ifreq>()];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        bytes[libc::IF_NAMESIZE..][..4].copy_from_slice(&number.to_ne_bytes());
+        Self(bytes)
+    }
+
+    pub(crate) fn name(&self) -> String {
+        let name = self.0.split(|byte| *byte == 0).next().unwrap();
+        String::from_utf8(name.to_vec()).unwrap()
+    }
+
+    pub(crate) fn number(&self) -> i32 {
+        i32::from_ne_bytes(self.0[libc::IF_NAMESIZE..][..4].try_into().unwrap())
+    }
+
+    /// Says or asks it.
+    pub(crate) fn send(&mut self, to: &impl AsRawFd, what: libc::c_ulong) -> io::Result<()> {
+        // SAFETY: the kernel reads and writes one whole structure at most.
+        checked(unsafe { libc::ioctl(to.as_raw_fd(), what as _, &raw mut *self) }).map(drop)
+    }
+}
+
+/// How a TAP is opened.
+pub(crate) const TAP: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// Opens the TAP of this name as Cloud Hypervisor does, and then wants more.
+fn tap(name: &str) {
+    let open = || -> io::Result<File> {
+        // The kernel's own call: libraries differ in how they open a file.
+        let flags = libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        let path = c"/dev/net/tun".as_ptr();
+        // SAFETY: a string with its end.
+        let number = call(unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags) })?;
+        // SAFETY: it was opened just now, for this.
+        Ok(unsafe { File::from_raw_fd(number as i32) })
+    };
+    attempt("look at /dev/net/tun", fs::symlink_metadata("/dev/net/tun"));
+    let device = open().unwrap();
+    let ask = |what: libc::c_ulong| {
+        let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let mut request = Request::new(name, 0);
+        request.send(&socket, what).map(|()| request.number())
+    };
+    let attach = |name: &str| Request::new(name, TAP).send(&device, libc::TUNSETIFF as libc::c_ulong);
+    attempt("attachment", attach(name));
+    attempt("address", ask(libc::SIOCGIFHWADDR as libc::c_ulong));
+    attempt("flags", ask(libc::SIOCGIFFLAGS as libc::c_ulong));
+    match ask(libc::SIOCGIFMTU as libc::c_ulong) {
+        Ok(mtu) => tell("mtu", mtu),
+        Err(error) => tell("mtu", error_name(&error)),
+    }
+    let mut who = Request::new("", 0);
+    who.send(&device, libc::TUNGETIFF as libc::c_ulong).unwrap();
+    tell("attached to", who.name());
+    let mut header = 10;
+    // SAFETY: the kernel reads one number.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw mut header) };
+    attempt("length of the header", checked(result));
+    attempt("frame", (&device).write(&[0; 10 + 60]));
+    attempt("attachment to another", attach("other"));
+    attempt("another descriptor", open());
+    attempt("mtu once more", ask(libc::SIOCGIFMTU as libc::c_ulong));
+    network(&|_| None);
+}
+
+/// Looks, says that it did, waits until more was shown, and looks again.
+fn later(number: &str, order: Orders<'_>) {
+    // SAFETY: it was kept open for this, and nobody else uses it.
+    let mut line = unsafe { UnixStream::from_raw_fd(number.parse().unwrap()) };
+    let [own, shared, secret] = ["own", "shared", "secret"].map(|name| order(name).unwrap());
+    attempt("early read", fs::read(own));
+    line.write_all(b"?").unwrap();
+    line.read_exact(&mut [0]).unwrap();
+    attempt("read of its own", fs::read(own));
+    attempt("write to its own", File::options().write(true).open(own));
+    attempt("removal of its own", fs::remove_file(own));
+    attempt("read of what is shared", fs::read(shared));
+    attempt(
+        "write to what is shared",
+        File::options().write(true).open(shared),
+    );
+    attempt("read of what lies beside", fs::read(secret));
+    let directory = Path::new(own).parent().unwrap();
+    list("list beside", directory.to_str().unwrap());
+    attempt("make of a file beside", File::create(directory.join("file")));
+}
 
 fn files(order: Orders<'_>) {
     if let Some(path) = order("read") {
@@ -324,7 +424,7 @@ fn memory(path: &str) {
         // SAFETY: a string with its end.
         let number = checked(unsafe { libc::open(text.as_ptr(), libc::O_RDWR) })?;
         // SAFETY: it was opened just now, for this.
-        Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(number) })
+        Ok(unsafe { File::from_raw_fd(number) })
     };
     attempt(
         "memory by another name",

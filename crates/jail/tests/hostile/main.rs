@@ -5,18 +5,18 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 mod intruder;
+mod later;
+mod tap;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hypeman_jail::{
-    Confined, Item, Jail, JailOptions, JailSpec, Launch, Limits, Memory, Mode, Network, Show,
-};
+use hypeman_jail::{Confined, Item, Jail, JailOptions, JailSpec, Launch, Lent, Limits, Memory, Mode, Show};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 const FILE_LIMIT: u64 = 1 << 20;
@@ -68,7 +68,6 @@ impl Scene {
                 Show::own(one.join("work")),
             ],
             devices: vec!["/dev/kvm".into()],
-            network: Network::Empty,
             limits: Limits {
                 file_bytes: Some(FILE_LIMIT),
                 descriptors: Some(DESCRIPTORS),
@@ -81,7 +80,19 @@ impl Scene {
     }
 
     /// Lets the intruder do what the orders say; its lines, and what confined it.
-    fn intrude(&self, spec: &JailSpec, orders: &[(&str, String)], memory: Option<Memory>) -> Intrusion {
+    fn intrude(&self, spec: &JailSpec, orders: &[(&str, String)], lent: Option<Lent>) -> Intrusion {
+        let confined = self.start(spec, orders, &[], lent);
+        self.finish(confined)
+    }
+
+    /// Starts the intruder.
+    fn start(
+        &self,
+        spec: &JailSpec,
+        orders: &[(&str, String)],
+        keep: &[OwnedFd],
+        lent: Option<Lent>,
+    ) -> Confined {
         let work = self.data().join("one/work");
         let text: Vec<String> = orders
             .iter()
@@ -89,8 +100,7 @@ impl Scene {
             .collect();
         fs::write(work.join("orders"), text.join("\n")).unwrap();
         fs::set_permissions(work.join("orders"), fs::Permissions::from_mode(0o644)).unwrap();
-        let output = self.directory.path().join("output");
-        let file = File::create(&output).unwrap();
+        let file = File::create(self.output()).unwrap();
         let arguments = [
             "--exact",
             "intruder::attempts",
@@ -99,22 +109,25 @@ impl Scene {
             "--test-threads=1",
         ];
         let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
-        let confined = self
-            .jail
-            .spawn(
-                spec,
-                Launch {
-                    program: &std::env::current_exe().unwrap(),
-                    arguments: &arguments,
-                    directory: &work,
-                    output: file.as_fd(),
-                    keep: &[],
-                    memory,
-                },
-            )
-            .unwrap();
+        let launch = Launch {
+            program: &std::env::current_exe().unwrap(),
+            arguments: &arguments,
+            directory: &work,
+            output: file.as_fd(),
+            keep,
+            lent,
+        };
+        self.jail.spawn(spec, launch).unwrap()
+    }
+
+    fn output(&self) -> PathBuf {
+        self.directory.path().join("output")
+    }
+
+    /// Waits for its end, and reads what it said.
+    fn finish(&self, confined: Confined) -> Intrusion {
         waitpid(Pid::from_raw(confined.pid as i32), WaitOptions::empty()).unwrap();
-        let text = fs::read_to_string(output).unwrap();
+        let text = fs::read_to_string(self.output()).unwrap();
         let outcomes = text
             .lines()
             .filter_map(|line| line.rsplit_once("TRIED ").map(|(_, rest)| rest))
@@ -292,17 +305,6 @@ fn no_network_is_in_reach() {
     if tried.has(Item::UtsNamespace) {
         tried.expect("host name", &["hypeman"]);
     }
-
-    // A VMM that opens its TAP by name stays in the host's network, and the report says so.
-    let spec = JailSpec {
-        network: Network::Host,
-        ..scene.spec()
-    };
-    let tried = scene.intrude(&spec, &orders, None);
-    tried.expect("a connection to the host", &["done"]);
-    tried.expect("a raw socket", &["EPERM", "EACCES"]);
-    assert!(!tried.confined.report.active.contains(&Item::NetworkNamespace));
-    assert!(tried.confined.report.missing_text().contains("network-namespace"));
 }
 
 #[test]
@@ -337,10 +339,10 @@ fn what_it_uses_is_limited() {
 fn memory_is_handed_over_once_and_cannot_be_written_to() {
     let Some(scene) = scene() else { return };
     let path = scene.data().join("other/memory");
-    let memory = Memory {
+    let memory = Lent::Memory(Memory {
         path: path.clone(),
         file: File::open(&path).unwrap(),
-    };
+    });
     let orders = [("memory", path.display().to_string())];
     let tried = scene.intrude(&scene.spec(), &orders, Some(memory));
     tried.expect("memory by another name", &["ENOENT"]);
@@ -368,7 +370,7 @@ fn two_jails_have_two_users_and_a_user_is_free_when_its_process_is_gone() {
             directory: Path::new("/"),
             output: output.as_fd(),
             keep: &[],
-            memory: None,
+            lent: None,
         };
         scene.jail.spawn(&JailSpec::default(), launch).unwrap()
     };
@@ -396,7 +398,7 @@ fn a_program_that_cannot_run_says_at_which_step() {
         directory: Path::new("/"),
         output: output.as_fd(),
         keep: &[],
-        memory: None,
+        lent: None,
     };
     let error = scene
         .jail

@@ -139,7 +139,8 @@ impl CloudHypervisor {
         let own = OwnDirectory::of(&spec.runtime_directory);
         own.make()?;
         // It opens the initramfs of a machine that goes on, too. Beside its disks it writes nothing but its own words.
-        let mut start = ByName::prepare(&self.jail, &binary.path, spec, &own, true, 0).await?;
+        let (kind, program) = (VmmKind::CloudHypervisor, &binary.path);
+        let mut start = ByName::prepare(&self.jail, kind, program, spec, &own, true, 0).await?;
         let (work, patch) = match restore {
             None => {
                 let description = config::config(spec, abilities, Start::Boot)?;

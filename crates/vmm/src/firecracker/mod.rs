@@ -117,6 +117,7 @@ impl Firecracker {
         // It writes its own memory into a file.
         let start = ByName::prepare(
             &self.jail,
+            VmmKind::Firecracker,
             &binary.path,
             spec,
             files.own(),

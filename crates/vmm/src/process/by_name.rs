@@ -3,7 +3,7 @@
 //! ```text
 //!  its own directory ─► shown, its own       root disk, kernel, memory ─► shown, read-only
 //!  writable disks    ─► shown, its own       memory without a name     ─► a descriptor, `/proc/self/fd/N`
-//!  TAP               ─► by name, in the host's network
+//!  TAP               ─► opened by us when it asks
 //! ```
 //!
 //! Each thing is shown under the name that it has on the host, so that what a device state says of disks is the same
@@ -14,12 +14,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hypeman_jail::{Access, Grant, Jail, JailSpec, Network, Report, Restraint, Show};
+use hypeman_jail::{Access, Grant, Jail, JailSpec, Lent, Report, Restraint, Show, Tap};
 
 use super::{Confinement, confine::confines, confine::limits};
 use crate::files::io_error;
 use crate::own_directory::OwnDirectory;
-use crate::{MachineSpec, MemoryBacking, VmmError};
+use crate::{MachineSpec, MemoryBacking, VmmError, VmmKind, tap};
 
 /// How such a VMM is started.
 #[derive(Debug)]
@@ -35,10 +35,11 @@ pub(crate) struct ByName {
 }
 
 impl ByName {
-    /// Decides it, and opens what has no name. `boots`: it reads kernel and initramfs. `written`: the largest file
-    /// besides disks that it writes.
+    /// Decides it, and opens the TAP and what has no name. `boots`: it reads kernel and initramfs. `written`: the
+    /// largest file besides disks that it writes.
     pub(crate) async fn prepare(
         jail: &Arc<Jail>,
+        kind: VmmKind,
         program: &Path,
         machine: &MachineSpec,
         own: &OwnDirectory,
@@ -91,20 +92,22 @@ impl ByName {
                 devices.push(PathBuf::from("/dev/userfaultfd"));
             }
         }
-        let mut network = Network::Empty;
-        if machine.nic.is_some() {
-            devices.push(PathBuf::from("/dev/net/tun"));
-            network = Network::Host;
-        }
+        let lent = match &machine.nic {
+            None => None,
+            Some(nic) => Some(Lent::Tap(Tap {
+                file: tap::open(&nic.tap)?.into(),
+                name: nic.tap.clone(),
+                described: kind == VmmKind::CloudHypervisor,
+            })),
+        };
         start.jail = Some(Confinement {
             jail: Arc::clone(jail),
             spec: JailSpec {
                 show,
                 devices,
-                network,
                 limits,
             },
-            memory: None,
+            lent,
         });
         Ok(start)
     }
@@ -137,7 +140,107 @@ pub(crate) fn program_files(program: &Path) -> Vec<Show> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    use hypeman_jail::Item;
+    use rustix::fs::MemfdFlags;
+
     use super::*;
+    use crate::Nic;
+    use crate::process::stand_in::StandIn;
+
+    /// Memory as it is laid out for a restore: nobody can write to it any more.
+    fn sealed_memory() -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let mut memory = File::from(rustix::fs::memfd_create("memory", flags).unwrap());
+        memory.write_all(b"guest memory").unwrap();
+        rustix::fs::fcntl_add_seals(&memory, rustix::fs::SealFlags::WRITE).unwrap();
+        memory
+    }
+
+    #[tokio::test]
+    async fn it_sees_the_files_of_its_machine_with_the_rights_that_it_needs() {
+        let Some(mut stand_in) = StandIn::new() else {
+            return;
+        };
+        let memory = sealed_memory();
+        let number = memory.as_raw_fd();
+        stand_in.spec.memory =
+            MemoryBacking::Private(format!("/proc/{}/fd/{number}", std::process::id()).into());
+        let own = stand_in.own();
+        let directory = stand_in.path("");
+        let script = |start: &ByName| {
+            let MemoryBacking::Private(memory) = &start.memory else {
+                panic!("{:?}", start.memory);
+            };
+            let (directory, memory) = (directory.display(), memory.display());
+            format!(
+                r#"
+                read_it() {{ cat "$1" > /dev/null 2>&1; }}
+                change() {{ (echo more >> "$1") 2> /dev/null; }}
+                for name in kernel initramfs root disk secret; do
+                    read_it {directory}/$name && echo "reads $name"
+                    change {directory}/$name && echo "changes $name"
+                done
+                change {directory}/run/file && echo "makes files beside its own"
+                change file && echo "makes files of its own"
+                change {memory}
+                echo "memory: $(cat {memory})"
+                echo "sees:" $(ls {directory})
+                test -e /dev/net/tun && echo "sees tun"
+                test -e /etc/shadow && echo "sees passwords"
+                true
+                "#
+            )
+        };
+        let said = stand_in.run(&own, script).await;
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                "reads kernel",
+                "reads initramfs",
+                "reads root",
+                "reads disk",
+                "changes disk",
+                "makes files of its own",
+                "memory: guest memory",
+                "sees: disk initramfs kernel root run",
+            ]
+        );
+        let mut content = [0; 12];
+        memory.read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(&content, b"guest memory");
+        assert_eq!(fs::read(stand_in.path("root")).unwrap(), b"root");
+        assert_eq!(fs::read(stand_in.path("disk")).unwrap(), b"diskmore\n");
+    }
+
+    #[tokio::test]
+    async fn with_a_network_it_sees_neither_that_of_the_host_nor_the_device_of_taps() {
+        let Some(mut stand_in) = StandIn::new() else {
+            return;
+        };
+        let name = format!("hn{}", std::process::id());
+        if let Err(error) = tap::open(&name) {
+            println!("SKIPPED: no TAP here: {error}");
+            return;
+        }
+        stand_in.spec.nic = Some(Nic {
+            tap: name,
+            mac: "02:00:00:00:00:01".to_owned(),
+        });
+        let script = r#"
+            test -e /dev/net && echo "sees the device"
+            echo "interfaces:" $(tail -n +3 /proc/self/net/dev | cut -d: -f1)
+        "#;
+        let said = stand_in.run(&stand_in.own(), |_| script.to_owned()).await;
+        if !stand_in.jail.report().active.contains(&Item::NetworkNamespace) {
+            println!("SKIPPED: {}", stand_in.jail.report().missing_text());
+            return;
+        }
+        assert_eq!(said, "interfaces: lo\n");
+    }
 
     #[test]
     fn what_belongs_to_a_program_comes_with_it() {

@@ -14,6 +14,8 @@ mod confine;
 mod filter;
 mod identity;
 mod spawn;
+#[cfg(test)]
+pub(crate) mod stand_in;
 mod watch;
 mod words;
 

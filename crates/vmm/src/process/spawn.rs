@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use hypeman_jail::{Jail, JailSpec, Launch, Memory, Report, Restraint};
+use hypeman_jail::{Jail, JailSpec, Launch, Lent, Report, Restraint};
 use rustix::io::FdFlags;
 
 use super::filter;
@@ -40,8 +40,8 @@ pub(crate) struct Detached<'a> {
 pub(crate) struct Confinement {
     pub(crate) jail: Arc<Jail>,
     pub(crate) spec: JailSpec,
-    /// A file that it maps privately and does not see.
-    pub(crate) memory: Option<Memory>,
+    /// What it asks us for and does not see.
+    pub(crate) lent: Option<Lent>,
 }
 
 /// A program that was started.
@@ -71,7 +71,7 @@ fn confined(detached: Detached<'_>) -> io::Result<Spawned> {
         directory: detached.directory,
         output: detached.output.as_fd(),
         keep: detached.keep,
-        memory: confinement.memory,
+        lent: confinement.lent,
     };
     let confined = confinement
         .jail

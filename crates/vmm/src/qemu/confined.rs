@@ -14,13 +14,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hypeman_jail::{Jail, JailSpec, Memory, Network, Show};
+use hypeman_jail::{Jail, JailSpec, Lent, Memory, Show};
 
 use super::arguments::{Handed, PID_FILE};
-use super::tap;
 use crate::files::{append_only, io_error};
 use crate::process::{Confinement, limits, program_files};
-use crate::{Accelerator, MachineSpec, MemoryBacking, VmmError};
+use crate::{Accelerator, MachineSpec, MemoryBacking, VmmError, tap};
 
 /// Device states and the like.
 pub(super) const OTHER_FILES: u64 = 64 << 20;
@@ -65,18 +64,15 @@ pub(super) fn prepare(
     hand_over(append_only(&machine.workload_log)?, &mut spec.workload_log);
     hand_over(append_only(&machine.vmm_log)?, &mut spec.vmm_log);
     if let Some(nic) = &machine.nic {
-        let tap = tap::open(&nic.tap).map_err(|source| VmmError::Io {
-            context: format!("cannot open the TAP {}", nic.tap),
-            source,
-        })?;
+        let tap = tap::open(&nic.tap)?;
         handed.tap = Some(tap.as_raw_fd());
         keep.push(tap);
     }
-    let memory = match &machine.memory {
-        MemoryBacking::Private(path) => Some(Memory {
+    let lent = match &machine.memory {
+        MemoryBacking::Private(path) => Some(Lent::Memory(Memory {
             file: File::open(path).map_err(io_error("cannot open", path))?,
             path: path.clone(),
-        }),
+        })),
         MemoryBacking::Anonymous | MemoryBacking::Served(_) => None,
     };
 
@@ -94,7 +90,6 @@ pub(super) fn prepare(
     let spec_of_jail = JailSpec {
         show,
         devices,
-        network: Network::Empty,
         limits: limits(jail.options(), machine, OTHER_FILES),
     };
     Ok(Confined {
@@ -104,7 +99,7 @@ pub(super) fn prepare(
         confinement: Confinement {
             jail: Arc::clone(jail),
             spec: spec_of_jail,
-            memory,
+            lent,
         },
     })
 }

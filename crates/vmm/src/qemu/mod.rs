@@ -21,7 +21,6 @@ mod copies;
 mod machine;
 mod qmp;
 mod restore;
-mod tap;
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};

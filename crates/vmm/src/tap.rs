@@ -1,6 +1,6 @@
-//! Opens a TAP for a QEMU that sees no network.
+//! Opens a TAP for a VMM that sees no network.
 //!
-//! In the same way as QEMU itself would, because what a network card can do depends on it, and that is part of a
+//! In the same way as the VMM itself would, because what a network card can do depends on it, and that is part of a
 //! captured machine.
 #![allow(unsafe_code)]
 
@@ -9,8 +9,17 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use crate::VmmError;
+
 /// Attaches to the TAP of this name.
-pub(super) fn open(name: &str) -> io::Result<OwnedFd> {
+pub(crate) fn open(name: &str) -> Result<OwnedFd, VmmError> {
+    attach(name).map_err(|source| VmmError::Io {
+        context: format!("cannot open the TAP {name}"),
+        source,
+    })
+}
+
+fn attach(name: &str) -> io::Result<OwnedFd> {
     let device = File::options()
         .read(true)
         .write(true)
