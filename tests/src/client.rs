@@ -108,6 +108,21 @@ impl Client {
         }
     }
 
+    /// POST with a JSON body, which the server's death may cut.
+    pub async fn try_post(&self, path: &str, body: &Value) -> Option<Reply> {
+        self.try_send(self.request(Method::POST, path).json(body)).await
+    }
+
+    /// POST without a body, which the server's death may cut.
+    pub async fn try_post_empty(&self, path: &str) -> Option<Reply> {
+        self.try_send(self.request(Method::POST, path)).await
+    }
+
+    /// DELETE, which the server's death may cut.
+    pub async fn try_delete(&self, path: &str) -> Option<Reply> {
+        self.try_send(self.request(Method::DELETE, path)).await
+    }
+
     /// GET.
     pub async fn get(&self, path: &str) -> Reply {
         self.send(self.request(Method::GET, path)).await

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::{Client, Entry, ExecSession, Executed, LogStream, copy, eventually};
+use crate::{Client, Entry, ExecSession, Executed, LogStream, Reply, Snapshot, copy, eventually};
 
 /// An instance.
 #[derive(Debug, Clone)]
@@ -20,7 +20,30 @@ impl Guest {
         }
     }
 
-    fn path(&self, rest: &str) -> String {
+    /// The instance that an answer shows.
+    pub(crate) fn shown(client: &Client, instance: &Value) -> Self {
+        let id = instance["id"].as_str();
+        Self::new(
+            client.clone(),
+            id.unwrap_or_else(|| panic!("no instance: {instance}")),
+        )
+    }
+
+    /// All of the forks that an answer tells of, each with its name; fails the story when one did not come about.
+    pub(crate) fn all_forked(client: &Client, answer: &Value) -> Vec<(String, Self)> {
+        let forks = answer["forks"].as_array().expect("several forks").iter();
+        forks
+            .map(|fork| {
+                assert!(fork["error"].is_null(), "{fork}");
+                let name = fork["name"].as_str().expect("name").to_owned();
+                (name, Self::shown(client, &fork["instance"]))
+            })
+            .collect()
+    }
+
+    /// Its path in the API, and what comes after it, such as `/standby`.
+    #[must_use]
+    pub fn path(&self, rest: &str) -> String {
         format!("/instances/{}{rest}", self.id)
     }
 
@@ -113,6 +136,60 @@ impl Guest {
     pub async fn start(&self, body: Value) {
         self.client.post(&self.path("/start"), &body).await.expect(200);
         self.wait_for("Running").await;
+    }
+
+    /// Asks for something to be done with it, such as `/standby`; what came of it.
+    pub async fn post(&self, rest: &str, body: &Value) -> Reply {
+        self.client.post(&self.path(rest), body).await
+    }
+
+    /// The same without a body.
+    pub async fn post_empty(&self, rest: &str) -> Reply {
+        self.client.post_empty(&self.path(rest)).await
+    }
+
+    /// Puts it to standby; what it shows then.
+    pub async fn standby(&self) -> Value {
+        self.post_empty("/standby").await.expect(200).json()
+    }
+
+    /// Ends its standby; what it shows then.
+    pub async fn restore(&self) -> Value {
+        self.post_empty("/restore").await.expect(200).json()
+    }
+
+    /// Takes a snapshot of it.
+    pub async fn take(&self, body: Value) -> Snapshot {
+        let taken = self.post("/snapshots", &body).await.expect(201).json();
+        Snapshot::new(self.client.clone(), taken["id"].as_str().expect("id"))
+    }
+
+    /// Takes a snapshot with its memory.
+    pub async fn capture(&self) -> Snapshot {
+        self.take(json!({"kind": "Standby"})).await
+    }
+
+    /// Asks for it to go back to a snapshot; what came of it.
+    pub async fn try_go_back(&self, snapshot: &Snapshot, body: &Value) -> Reply {
+        let rest = format!("/snapshots/{}/restore", snapshot.id);
+        self.post(&rest, body).await
+    }
+
+    /// Goes back to a snapshot; what it shows then.
+    pub async fn go_back(&self, snapshot: &Snapshot, body: Value) -> Value {
+        self.try_go_back(snapshot, &body).await.expect(200).json()
+    }
+
+    /// Makes another instance of it.
+    pub async fn fork(&self, body: Value) -> Self {
+        let made = self.post("/fork", &body).await.expect(201).json();
+        Self::shown(&self.client, &made)
+    }
+
+    /// Makes several other instances of it, all of which must come about; each with its name.
+    pub async fn forks(&self, body: Value) -> Vec<(String, Self)> {
+        let made = self.post("/fork", &body).await.expect(201).json();
+        Self::all_forked(&self.client, &made)
     }
 
     /// Deletes it without a graceful shutdown.

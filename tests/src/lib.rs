@@ -18,23 +18,30 @@
 )]
 
 mod client;
+mod clock;
 mod command;
 mod copy;
+mod counting;
 mod exec;
+mod files;
 mod guest;
 mod host;
 mod image;
 mod interrupt;
 mod processes;
 mod server;
+mod snapshot;
 mod sse;
 mod token;
 mod upstream;
 
 pub use client::{Client, Reply, encode};
+pub use clock::Clock;
 pub use command::{CommandLine, Finished};
 pub use copy::Entry;
+pub use counting::COUNTS_ON;
 pub use exec::{ExecSession, Executed};
+pub use files::{files, flip};
 pub use guest::Guest;
 pub use host::{
     LoopDisk, any_hypervisor, have, hypervisors, is_root, kernel, kvm_kernel, makes, offers, repository,
@@ -43,6 +50,7 @@ pub use host::{
 pub use image::{Image, ImageBuilder, LayerBuilder, MediaFamily, sha256};
 pub use processes::{VmmProcess, pagers_of, vmms_of};
 pub use server::{Server, ServerOptions};
+pub use snapshot::Snapshot;
 pub use sse::{EventStream, LogStream};
 pub use token::{Claims, mint, mint_with};
 pub use upstream::Upstream;
@@ -63,6 +71,20 @@ where
         assert!(tokio::time::Instant::now() < end, "gave up waiting: {what}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// What the host may not be able to give; without it leaves the story and says why.
+#[macro_export]
+macro_rules! or_skip {
+    ($given:expr, $($reason:tt)+) => {
+        match $given {
+            Some(given) => given,
+            None => {
+                eprintln!("SKIPPED: {}", format!($($reason)+));
+                return;
+            }
+        }
+    };
 }
 
 /// Leaves the story when the host lacks something, and says so.

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Client, CommandLine, Guest, Image, ImageBuilder, VmmProcess, encode, eventually, interrupt, mint, vmms_of,
+    Client, CommandLine, Guest, Image, ImageBuilder, Snapshot, VmmProcess, encode, eventually, interrupt,
+    mint, vmms_of,
 };
 
 const SECRET: &str = "a-secret-of-the-stories-0123456789abcdef";
@@ -261,6 +262,12 @@ impl Server {
         self.client.get(&path).await.expect(200).json()
     }
 
+    /// Deletes an image.
+    pub async fn delete_image(&self, name: &str) {
+        let path = format!("/images/{}", encode(name));
+        self.client.delete(&path).await.expect(204);
+    }
+
     /// Pushes the busybox image; its full name.
     pub async fn busybox(&self) -> String {
         let image = ImageBuilder::busybox()
@@ -286,6 +293,45 @@ impl Server {
     #[must_use]
     pub fn guest(&self, id: &str) -> Guest {
         Guest::new(self.client.clone(), id)
+    }
+
+    /// The snapshot `id`.
+    #[must_use]
+    pub fn snapshot(&self, id: &str) -> Snapshot {
+        Snapshot::new(self.client.clone(), id)
+    }
+
+    /// All instances, as the API lists them.
+    pub async fn guests(&self) -> Vec<Guest> {
+        let ids = self.listed("/instances").await.into_iter();
+        ids.map(|id| self.guest(&id)).collect()
+    }
+
+    /// All snapshots, as the API lists them: newest first.
+    pub async fn snapshots(&self) -> Vec<Snapshot> {
+        let ids = self.listed("/snapshots").await.into_iter();
+        ids.map(|id| self.snapshot(&id)).collect()
+    }
+
+    /// Ids of what a list names.
+    pub async fn listed(&self, list: &str) -> Vec<String> {
+        let listed = self.client.get(list).await.expect(200).json();
+        let entries = listed.as_array().expect("a list").iter();
+        entries
+            .map(|entry| entry["id"].as_str().expect("id").to_owned())
+            .collect()
+    }
+
+    /// Waits until directories of the data directory are empty, as they become by themselves when nobody needs what
+    /// was in them.
+    pub async fn emptied(&self, directories: &[&str]) {
+        for directory in directories {
+            let path = self.data_directory.join(directory);
+            eventually(&format!("{directory} is empty"), || async {
+                std::fs::read_dir(&path).expect("directory").count() == 0
+            })
+            .await;
+        }
     }
 
     /// Creates an instance and waits until it runs.

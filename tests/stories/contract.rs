@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hypeman_tests::{ImageBuilder, LayerBuilder, Server, eventually, have, repository, skip_unless};
+use hypeman_tests::{ImageBuilder, LayerBuilder, Server, have, repository, skip_unless};
 use serde_json::json;
 use tokio::process::Command;
 
@@ -59,13 +59,7 @@ async fn drive(program: &Path, arguments: &[&str], directory: &Path, server: &Se
 /// The client deleted what it made, and so did the server.
 async fn left_nothing(server: &Server) {
     assert_eq!(server.vmms(), vec![]);
-    for directory in ["instances", "snapshots", "memory"] {
-        let path = server.data_directory().join(directory);
-        eventually(&format!("{directory} is empty"), || async {
-            std::fs::read_dir(&path).unwrap().count() == 0
-        })
-        .await;
-    }
+    server.emptied(&["instances", "snapshots", "memory"]).await;
 }
 
 #[tokio::test]

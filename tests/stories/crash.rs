@@ -10,7 +10,7 @@ use hypeman_engine::faults;
 use hypeman_tests::{
     Guest, Image, ImageBuilder, LayerBuilder, Server, Upstream, encode, eventually, have, skip_unless,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::full_disk::noise;
 
@@ -132,18 +132,6 @@ async fn usable(guest: &Guest) {
     assert_eq!(guest.output("echo usable").await, "usable");
 }
 
-pub(crate) async fn list(server: &Server) -> Vec<Value> {
-    server
-        .client()
-        .get("/instances")
-        .await
-        .expect(200)
-        .json()
-        .as_array()
-        .unwrap()
-        .clone()
-}
-
 /// The instance settles as before or as after, and what runs on the host is what the API shows.
 pub(crate) async fn settled(server: &Server, guest: &Guest, states: &[&str]) -> String {
     let shown = guest
@@ -177,16 +165,13 @@ async fn create_is_cut_at_each_step() {
     for point in group("create.") {
         let request = json!({"name": "cut", "image": image, "size": "128MB", "overlay_size": "256MB", "vcpus": 1, "network": {"enabled": false}});
         cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::POST, "/instances").json(&request))
-                .await
+            client.try_post("/instances", &request).await
         })
         .await;
-        match list(&server).await.as_slice() {
+        match server.guests().await.as_slice() {
             [] => assert_eq!(server.vmms(), vec![], "{point}"),
-            [instance] => {
-                let guest = server.guest(instance["id"].as_str().unwrap());
-                settled(&server, &guest, &["Running", "Stopped"]).await;
+            [guest] => {
+                settled(&server, guest, &["Running", "Stopped"]).await;
                 guest.delete().await;
             }
             several => panic!("{point}: {several:?}"),
@@ -211,9 +196,7 @@ async fn start_is_cut_at_each_step() {
         guest.stop().await;
         let path = format!("/instances/{}/start", guest.id);
         cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::POST, &path).json(&json!({})))
-                .await
+            client.try_post(&path, &json!({})).await
         })
         .await;
         let state = settled(&server, &guest, &["Running", "Stopped"]).await;
@@ -237,9 +220,7 @@ async fn stop_is_cut_at_each_step() {
     for point in group("stop.") {
         let path = format!("/instances/{}/stop", guest.id);
         cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::POST, &path))
-                .await
+            client.try_post_empty(&path).await
         })
         .await;
         let state = settled(&server, &guest, &["Running", "Stopped"]).await;
@@ -267,13 +248,8 @@ async fn delete_is_cut_at_each_step() {
     for point in group("delete.") {
         let guest = server.run(&image, json!({"name": "cut"})).await;
         let path = format!("/instances/{}", guest.id);
-        cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::DELETE, &path))
-                .await
-        })
-        .await;
-        if !list(&server).await.is_empty() {
+        cut(&mut server, point, async |client| client.try_delete(&path).await).await;
+        if !server.guests().await.is_empty() {
             settled(&server, &guest, &["Running", "Stopped"]).await;
             guest.delete().await;
         }
@@ -310,11 +286,7 @@ async fn push_again_and_delete(
 ) {
     let (repository, tag) = name.split_once('/').unwrap().1.split_once(':').unwrap();
     server.push(image, repository, tag).await;
-    server
-        .client()
-        .delete(&format!("/images/{}", encode(name)))
-        .await
-        .expect(204);
+    server.delete_image(name).await;
     let blobs_aside = |paths: BTreeSet<String>| -> BTreeSet<String> {
         paths
             .into_iter()
@@ -333,11 +305,7 @@ async fn warmed_up() -> (Server, BTreeSet<String>) {
     let server = Server::start().await;
     let name = server.push(&image_of("warm-up"), "cut", "warm-up").await;
     let before = paths(server.data_directory());
-    server
-        .client()
-        .delete(&format!("/images/{}", encode(&name)))
-        .await
-        .expect(204);
+    server.delete_image(&name).await;
     (server, before)
 }
 
@@ -374,9 +342,7 @@ async fn pull_is_cut_at_each_step() {
         let name = upstream.push(&image, "cut", &number.to_string()).await;
         let request = json!({"name": name, "credentials": credentials});
         cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::POST, "/images").json(&request))
-                .await
+            client.try_post("/images", &request).await
         })
         .await;
         // A pull with borrowed credentials cannot go on by itself: it is absent, failed or ready, and never pending for ever.
@@ -389,11 +355,7 @@ async fn pull_is_cut_at_each_step() {
 /// An image becomes ready without anybody asking for it, and all of it goes when it is deleted.
 async fn ready_and_gone_without_a_trace(server: &Server, name: &str, before: &BTreeSet<String>, point: &str) {
     assert_eq!(server.image_settled(name).await["status"], "ready", "{point}");
-    server
-        .client()
-        .delete(&format!("/images/{}", encode(name)))
-        .await
-        .expect(204);
+    server.delete_image(name).await;
     left_nothing(server, before, point);
 }
 
@@ -406,9 +368,7 @@ async fn a_pull_that_needs_no_credentials_goes_on_by_itself() {
         let name = upstream.offer(&image, "cut", &number.to_string());
         let request = json!({"name": name});
         cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::POST, "/images").json(&request))
-                .await
+            client.try_post("/images", &request).await
         })
         .await;
         ready_and_gone_without_a_trace(&server, &name, &before, point).await;
@@ -444,12 +404,7 @@ async fn deleting_an_image_is_cut_at_each_step() {
         let image = image_of(point);
         server.push(&image, "cut", "1").await;
         let path = format!("/images/{}", encode(&name));
-        cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::DELETE, &path))
-                .await
-        })
-        .await;
+        cut(&mut server, point, async |client| client.try_delete(&path).await).await;
         as_before_or_after(&server, &name).await;
         push_again_and_delete(&server, &name, &image, &before, point).await;
     }

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Guest, Server, have, is_root, skip_unless};
+use hypeman_tests::{Guest, Server, have, is_root, or_skip, skip_unless};
 use serde_json::json;
 
-use crate::crash::{Traces, cut, group, list, settled};
+use crate::crash::{Traces, cut, group, settled};
 use crate::network::Namespace;
 
 /// Names of the links in this network namespace.
@@ -38,10 +38,7 @@ async fn what_is_done_on_the_network_is_cut_at_each_step() {
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
     let mut server = Server::start().await;
     let image = server.busybox().await;
@@ -56,14 +53,11 @@ async fn what_is_done_on_the_network_is_cut_at_each_step() {
             "network": {"enabled": true},
         });
         cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::POST, "/instances").json(&request))
-                .await
+            client.try_post("/instances", &request).await
         })
         .await;
-        if let [instance] = list(&server).await.as_slice() {
-            let guest = server.guest(instance["id"].as_str().unwrap());
-            let state = settled(&server, &guest, &["Running", "Stopped"]).await;
+        if let [guest] = server.guests().await.as_slice() {
+            let state = settled(&server, guest, &["Running", "Stopped"]).await;
             one_link_if_it_runs(&alone, &state, point);
             guest.delete().await;
         }
@@ -80,9 +74,7 @@ async fn what_is_done_on_the_network_is_cut_at_each_step() {
                 assert_eq!(links(), alone, "before {point}");
             }
             cut(&mut server, point, async |client| {
-                client
-                    .try_send(client.request(reqwest::Method::POST, &path).json(&json!({})))
-                    .await
+                client.try_post(&path, &json!({})).await
             })
             .await;
             let state = settled(&server, &guest, &["Running", "Stopped"]).await;
@@ -100,13 +92,8 @@ async fn what_is_done_on_the_network_is_cut_at_each_step() {
     for point in group("delete.") {
         let guest = server.run(&image, wired.clone()).await;
         let path = format!("/instances/{}", guest.id);
-        cut(&mut server, point, async |client| {
-            client
-                .try_send(client.request(reqwest::Method::DELETE, &path))
-                .await
-        })
-        .await;
-        if !list(&server).await.is_empty() {
+        cut(&mut server, point, async |client| client.try_delete(&path).await).await;
+        if !server.guests().await.is_empty() {
             let state = settled(&server, &guest, &["Running", "Stopped"]).await;
             one_link_if_it_runs(&alone, &state, point);
             guest.delete().await;

@@ -2,21 +2,20 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Guest, Server, any_hypervisor, encode, eventually, have, skip_unless};
+use hypeman_tests::{Client, Clock, Guest, Server, Snapshot, any_hypervisor, eventually, have, skip_unless};
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::crash::{cut, group, left_nothing, paths};
-use crate::snapshots::{self, counter};
-use crate::snapshots_schedules::turn;
 
-/// Counts in memory; what it has counted can't be had from any disk.
+/// A guest that counts; what it has counted can't be had from any disk.
 async fn counting(server: &Server, overrides: Value) -> Guest {
     let image = server.busybox().await;
-    snapshots::counting(server, &image, overrides).await
+    server.counting(&image, overrides).await
 }
 
 /// Whatever was cut: the guest is where it was or where it should be, and has forgotten nothing. How far it has counted.
-async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) -> u64 {
+async fn goes_on(server: &Server, guest: &Guest, after: u64, point: &str) -> u64 {
     let shown = guest
         .wait_until("it settles", |instance| {
             instance["state"] == "Running" || instance["state"] == "Standby"
@@ -27,51 +26,35 @@ async fn goes_on(server: &Server, guest: &Guest, at_least: u64, point: &str) -> 
             server.vmms().is_empty()
         })
         .await;
-        let restore = format!("/instances/{}/restore", guest.id);
-        server.client().post_empty(&restore).await.expect(200);
+        guest.restore().await;
         guest.wait_for("Running").await;
     }
-    let now = snapshots::goes_on(guest, at_least).await;
+    let now = guest.goes_on(after).await;
     assert_eq!(server.vmms().len(), 1, "{point}");
     now
 }
 
-async fn post(client: hypeman_tests::Client, path: String, body: Value) {
-    client
-        .try_send(client.request(reqwest::Method::POST, &path).json(&body))
-        .await;
+/// Asks for something that the server's death may cut.
+async fn post(client: Client, path: String, body: Value) {
+    client.try_post(&path, &body).await;
 }
 
-async fn stored(server: &Server) -> Vec<String> {
-    let listed = server.client().get("/snapshots").await.expect(200).json();
-    let ids = listed.as_array().unwrap().iter();
-    ids.map(|snapshot| snapshot["id"].as_str().unwrap().to_owned())
-        .collect()
+/// Asks for the end of a snapshot, which the server's death may cut.
+async fn delete(client: Client, snapshot: &Snapshot) {
+    client.try_delete(&snapshot.path("")).await;
 }
 
 /// What is listed is whole.
-async fn all_verify(server: &Server, point: &str) {
-    for id in stored(server).await {
-        let path = format!("/snapshots/{id}/verify");
-        let verified = server.client().post_empty(&path).await.expect(200).json();
-        assert!(verified["damage"].is_null(), "{point}: {verified}");
+async fn all_verify(server: &Server) {
+    for snapshot in server.snapshots().await {
+        snapshot.is_intact().await;
     }
 }
 
 async fn delete_all(server: &Server) {
-    for id in stored(server).await {
-        server
-            .client()
-            .delete(&format!("/snapshots/{id}"))
-            .await
-            .expect(204);
+    for snapshot in server.snapshots().await {
+        snapshot.delete().await;
     }
-}
-
-async fn take(server: &Server, guest: &Guest, body: Value) -> String {
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let snapshot = server.client().post(&path, &body).await.expect(201).json();
-    snapshot["id"].as_str().unwrap().to_owned()
 }
 
 async fn nothing_left(server: &Server, before: &BTreeSet<String>, point: &str) {
@@ -99,9 +82,9 @@ pub(crate) async fn standby_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
-    let path = format!("/instances/{}/standby", guest.id);
+    let path = guest.path("/standby");
     let points = group("standby.").chain(group("memory.").filter(|point| point.contains("capture")));
-    let mut counted = counter(&guest).await;
+    let mut counted = guest.count().await;
     for point in points {
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({})).await
@@ -110,13 +93,7 @@ pub(crate) async fn standby_is_cut(hypervisor: &str) {
         counted = goes_on(&server, &guest, counted, point).await;
     }
     guest.delete().await;
-    eventually("no memory is left", || async {
-        std::fs::read_dir(server.data_directory().join("memory"))
-            .unwrap()
-            .count()
-            == 0
-    })
-    .await;
+    server.emptied(&["memory"]).await;
 }
 
 #[tokio::test]
@@ -128,16 +105,11 @@ pub(crate) async fn restore_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
-    let mut counted = counter(&guest).await;
+    let mut counted = guest.count().await;
     for point in group("restore.") {
-        let path = format!("/instances/{}", guest.id);
-        server
-            .client()
-            .post_empty(&format!("{path}/standby"))
-            .await
-            .expect(200);
+        guest.standby().await;
         cut(&mut server, point, async |client| {
-            post(client, format!("{path}/restore"), json!({})).await;
+            post(client, guest.path("/restore"), json!({})).await;
         })
         .await;
         counted = goes_on(&server, &guest, counted, point).await;
@@ -155,16 +127,16 @@ pub(crate) async fn capture_is_cut(hypervisor: &str) {
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
     let before = paths(server.data_directory());
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let mut counted = counter(&guest).await;
+    let path = guest.path("/snapshots");
     let memory = group("memory.").filter(|point| point.contains("capture"));
+    let mut counted = guest.count().await;
     for point in group("capture.").chain(group("snapshot.")).chain(memory) {
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({"kind": "Standby"})).await;
         })
         .await;
         counted = goes_on(&server, &guest, counted, point).await;
-        all_verify(&server, point).await;
+        all_verify(&server).await;
         delete_all(&server).await;
         nothing_left(&server, &before, point).await;
     }
@@ -179,15 +151,9 @@ async fn deleting_a_snapshot_is_cut_at_each_step() {
     let before = paths(server.data_directory());
     let removals = group("memory.sweep.").filter(|point| point.contains("re"));
     for point in group("snapshot.delete.").chain(removals.filter(|point| !point.ends_with("reduced"))) {
-        let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-        cut(&mut server, point, async |client| {
-            let path = format!("/snapshots/{id}");
-            client
-                .try_send(client.request(reqwest::Method::DELETE, &path))
-                .await;
-        })
-        .await;
-        all_verify(&server, point).await;
+        let snapshot = guest.capture().await;
+        cut(&mut server, point, async |client| delete(client, &snapshot).await).await;
+        all_verify(&server).await;
         delete_all(&server).await;
         goes_on(&server, &guest, 0, point).await;
         nothing_left(&server, &before, point).await;
@@ -204,21 +170,17 @@ pub(crate) async fn restoring_a_snapshot_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"hypervisor": hypervisor})).await;
-    let counted = counter(&guest).await;
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-    let path = format!("/instances/{}", guest.id);
+    let counted = guest.count().await;
+    let snapshot = guest.capture().await;
+    let path = guest.path(&format!("/snapshots/{}/restore", snapshot.id));
     for point in group("rewind.") {
-        server
-            .client()
-            .post_empty(&format!("{path}/standby"))
-            .await
-            .expect(200);
+        guest.standby().await;
         cut(&mut server, point, async |client| {
-            post(client, format!("{path}/snapshots/{id}/restore"), json!({})).await;
+            post(client, path.clone(), json!({})).await;
         })
         .await;
         goes_on(&server, &guest, counted, point).await;
-        all_verify(&server, point).await;
+        all_verify(&server).await;
     }
     guest.delete().await;
 }
@@ -232,36 +194,28 @@ pub(crate) async fn fork_is_cut(hypervisor: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"name": "origin", "hypervisor": hypervisor})).await;
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
+    let snapshot = guest.capture().await;
     guest.delete().await;
     let before = paths(server.data_directory());
-    let path = format!("/snapshots/{id}/fork");
+    let path = snapshot.path("/fork");
     let wake = group("restore.").filter(|point| *point != "restore.recorded");
     for point in group("fork.").chain(wake) {
         cut(&mut server, point, async |client| {
             post(client, path.clone(), json!({"name": "child"})).await;
         })
         .await;
-        let listed = server.client().get("/instances").await.expect(200).json();
-        match listed.as_array().unwrap().as_slice() {
+        match server.guests().await.as_slice() {
             [] => assert_eq!(server.vmms(), vec![], "{point}"),
             [child] => {
-                let child = server.guest(child["id"].as_str().unwrap());
                 child.wait_for("Running").await;
                 assert_eq!(child.output("hostname").await, "child", "{point}");
                 child.delete().await;
             }
             several => panic!("{point}: {several:?}"),
         }
-        all_verify(&server, point).await;
+        all_verify(&server).await;
         nothing_left(&server, &before, point).await;
-        let forked = server
-            .client()
-            .post(&path, &json!({"name": "child"}))
-            .await
-            .expect(201)
-            .json();
-        server.guest(forked["id"].as_str().unwrap()).delete().await;
+        snapshot.fork(json!({"name": "child"})).await.delete().await;
     }
 }
 
@@ -275,18 +229,16 @@ pub(crate) async fn a_fork_of_a_running_guest_is_cut(hypervisor: &str) {
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"name": "origin", "hypervisor": hypervisor})).await;
     let before = paths(server.data_directory());
-    let path = format!("/instances/{}/fork", guest.id);
+    let path = guest.path("/fork");
     let body = json!({"name": "child", "from_running": true});
-    let mut counted = counter(&guest).await;
     let taken = group("capture.").filter(|point| !point.contains("standby"));
+    let mut counted = guest.count().await;
     for point in taken.chain(group("fork.")) {
         cut(&mut server, point, async |client| {
             post(client, path.clone(), body.clone()).await;
         })
         .await;
-        let listed = server.client().get("/instances").await.expect(200).json();
-        for child in listed.as_array().unwrap() {
-            let child = server.guest(child["id"].as_str().unwrap());
+        for child in server.guests().await {
             if child.id != guest.id {
                 child.wait_for("Running").await;
                 assert_eq!(child.output("hostname").await, "child", "{point}");
@@ -294,23 +246,19 @@ pub(crate) async fn a_fork_of_a_running_guest_is_cut(hypervisor: &str) {
             }
         }
         counted = goes_on(&server, &guest, counted, point).await;
-        assert_eq!(stored(&server).await, Vec::<String>::new(), "{point}");
+        assert_eq!(server.listed("/snapshots").await, Vec::<String>::new(), "{point}");
         nothing_left(&server, &before, point).await;
     }
 }
 
 /// A compressed snapshot of a guest that is gone: nothing but equal frames joins it with another one.
-async fn compressed(server: &Server, name: &str) -> String {
+async fn compressed(server: &Server, name: &str) -> Snapshot {
     let guest = counting(server, json!({"name": name})).await;
     let body = json!({"kind": "Standby", "compression": {"enabled": true, "algorithm": "zstd", "level": 1}});
-    let id = take(server, &guest, body).await;
-    eventually("it is compressed", || async {
-        let shown = server.client().get(&format!("/snapshots/{id}")).await;
-        shown.expect(200).json()["compression_state"] == "compressed"
-    })
-    .await;
+    let snapshot = guest.take(body).await;
+    snapshot.compressed().await;
     guest.delete().await;
-    id
+    snapshot
 }
 
 #[tokio::test]
@@ -322,19 +270,12 @@ async fn cutting_down_what_others_have_frames_of_is_cut_at_each_step() {
         let before = paths(server.data_directory());
         let first = compressed(&server, "first").await;
         let second = compressed(&server, "second").await;
-        cut(&mut server, point, async |client| {
-            let path = format!("/snapshots/{first}");
-            client
-                .try_send(client.request(reqwest::Method::DELETE, &path))
-                .await;
-        })
-        .await;
-        assert_eq!(stored(&server).await, std::slice::from_ref(&second), "{point}");
-        all_verify(&server, point).await;
-        let fork = format!("/snapshots/{second}/fork");
-        let forked = server.client().post(&fork, &json!({"name": "child"})).await;
-        let child = server.guest(forked.expect(201).json()["id"].as_str().unwrap());
-        assert!(counter(&child).await > 0);
+        cut(&mut server, point, async |client| delete(client, &first).await).await;
+        let left = server.listed("/snapshots").await;
+        assert_eq!(left, std::slice::from_ref(&second.id), "{point}");
+        all_verify(&server).await;
+        let child = second.fork(json!({"name": "child"})).await;
+        assert!(child.count().await > 0);
         child.delete().await;
         delete_all(&server).await;
         nothing_left(&server, &before, point).await;
@@ -346,50 +287,34 @@ async fn import_is_cut_at_each_step() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"name": "origin"})).await;
-    let counted = counter(&guest).await;
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-    let path = format!("/snapshots/{id}/export");
-    let file = server.client().get(&path).await.expect(200).body;
+    let counted = guest.count().await;
+    let snapshot = guest.capture().await;
+    let exported = server.client().get(&snapshot.path("/export")).await;
+    let file = exported.expect(200).body;
     guest.delete().await;
     delete_all(&server).await;
-    let image = format!(
-        "/images/{}",
-        encode(&format!("{}/stories/busybox:1", server.host()))
-    );
-    server.client().delete(&image).await.expect(204);
-    eventually("nothing of it is here", || async {
-        ["memory", "snapshots"].into_iter().all(|directory| {
-            let entries = std::fs::read_dir(server.data_directory().join(directory));
-            entries.unwrap().count() == 0
-        })
-    })
-    .await;
+    let image = format!("{}/stories/busybox:1", server.host());
+    server.delete_image(&image).await;
+    server.emptied(&["memory", "snapshots"]).await;
     let before = paths(server.data_directory());
     let memory = group("memory.").filter(|point| point.contains("capture"));
     for point in group("import.").chain(memory).chain(["snapshot.committed"]) {
         cut(&mut server, point, async |client| {
             let request = client
-                .request(reqwest::Method::POST, "/snapshots/import")
+                .request(Method::POST, "/snapshots/import")
                 .body(file.clone());
             client.try_send(request).await;
         })
         .await;
-        let listed = stored(&server).await;
+        let listed = server.snapshots().await;
         assert_eq!(
             listed.len(),
             usize::from(point == "snapshot.committed"),
             "{point}"
         );
-        if let [id] = listed.as_slice() {
-            all_verify(&server, point).await;
-            let path = format!("/snapshots/{id}/fork");
-            let forked = server
-                .client()
-                .post(&path, &json!({"name": "child"}))
-                .await
-                .expect(201)
-                .json();
-            let child = server.guest(forked["id"].as_str().unwrap());
+        if let [snapshot] = listed.as_slice() {
+            all_verify(&server).await;
+            let child = snapshot.fork(json!({"name": "child"})).await;
             goes_on(&server, &child, counted, point).await;
             child.delete().await;
         }
@@ -403,7 +328,7 @@ async fn compression_is_cut_at_each_step_and_goes_on() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"name": "origin"})).await;
-    let path = format!("/instances/{}/snapshots", guest.id);
+    let path = guest.path("/snapshots");
     let memory = group("memory.").filter(|point| point.contains("compress") || point.contains("raw"));
     for point in group("compress.").chain(memory) {
         cut(&mut server, point, async |client| {
@@ -411,28 +336,20 @@ async fn compression_is_cut_at_each_step_and_goes_on() {
             post(client, path.clone(), body).await;
         })
         .await;
-        let listed = stored(&server).await;
+        let listed = server.snapshots().await;
         assert_eq!(
             listed.len(),
             1,
             "{point}: the client was told, or the row was there before the job"
         );
-        eventually("the compression is carried on", || async {
-            let shown = server
-                .client()
-                .get(&format!("/snapshots/{}", listed[0]))
-                .await
-                .expect(200)
-                .json();
-            shown["compression_state"] == "compressed"
-        })
-        .await;
+        // The compression is carried on.
+        listed[0].compressed().await;
         // What the frames replace is not kept for ever, whatever was cut.
         eventually("the raw form is gone", || async {
             !memory_files(&server).iter().any(|name| name == "memory.raw")
         })
         .await;
-        all_verify(&server, point).await;
+        all_verify(&server).await;
         goes_on(&server, &guest, 0, point).await;
         delete_all(&server).await;
     }
@@ -456,35 +373,30 @@ async fn a_scheduled_run_is_cut_at_each_step_and_neither_lost_nor_doubled() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let mut server = Server::start().await;
     let guest = counting(&server, json!({"name": "origin"})).await;
-    let path = format!("/instances/{}/snapshot-schedule", guest.id);
-    let clock = tempfile::NamedTempFile::new().unwrap();
+    let path = guest.path("/snapshot-schedule");
+    let clock = Clock::new();
     let body = json!({"interval": "1h", "retention": {"max_count": 9}});
     let client = server.client().clone();
     client
-        .send(client.request(reqwest::Method::PUT, &path).json(&body))
+        .send(client.request(Method::PUT, &path).json(&body))
         .await
         .expect(200);
     for (run, point) in group("schedule.").enumerate() {
-        let turned = ("HYPEMAN_CLOCK".to_owned(), clock.path().display().to_string());
         server.kill();
-        server
-            .start_again_with(vec![
-                ("HYPEMAN_FAULT".to_owned(), point.to_owned()),
-                turned.clone(),
-            ])
-            .await;
-        turn(clock.path(), (run as u64 + 1) * 4_500);
+        let fault = ("HYPEMAN_FAULT".to_owned(), point.to_owned());
+        server.start_again_with(vec![fault, clock.variable()]).await;
+        clock.turn((run as u64 + 1) * 4_500);
         server.ended().await;
-        server.start_again_with(vec![turned]).await;
+        server.start_again_with(vec![clock.variable()]).await;
         eventually("the run that was cut is over", || async {
             let shown = server.client().get(&path).await.expect(200).json();
-            let made = stored(&server).await;
+            let made = server.listed("/snapshots").await;
             made.len() > run && shown["last_snapshot_id"] == made[0]
         })
         .await;
         goes_on(&server, &guest, 0, point).await;
-        all_verify(&server, point).await;
-        let made = stored(&server).await;
+        all_verify(&server).await;
+        let made = server.listed("/snapshots").await;
         assert_eq!(made.len(), run + 1, "{point}: a run was lost or doubled");
     }
     guest.delete().await;

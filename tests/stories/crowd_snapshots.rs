@@ -11,11 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
-use hypeman_tests::{Client, Reply, Server, eventually, have, hypervisors, skip_unless};
+use hypeman_tests::{Client, Reply, Server, have, hypervisors, skip_unless};
 use reqwest::Method;
 use serde_json::{Value, json};
-
-use crate::snapshots::{counting, goes_on};
 
 /// Clients, and what each of them does in a round; all rounds but the last end with the server's death.
 const CLIENTS: u64 = 5;
@@ -288,11 +286,8 @@ impl Told {
 
 /// All guests go on and all snapshots are whole.
 async fn all_is_well(server: &Server, told: &Told) {
-    let client = server.client();
     for (id, _) in &told.snapshots {
-        let path = format!("/snapshots/{id}/verify");
-        let verified = client.post_empty(&path).await.expect(200).json();
-        assert_eq!(verified["state"], "intact", "{verified}");
+        server.snapshot(id).is_intact().await;
     }
     for id in &told.instances {
         let guest = server.guest(id);
@@ -302,10 +297,9 @@ async fn all_is_well(server: &Server, told: &Told) {
             })
             .await;
         if shown["state"] == "Standby" {
-            let restore = format!("/instances/{id}/restore");
-            client.post_empty(&restore).await.expect(200);
+            guest.restore().await;
         }
-        goes_on(&guest, 0).await;
+        guest.goes_on(0).await;
     }
     assert_eq!(server.vmms().len(), told.instances.len());
 }
@@ -324,8 +318,8 @@ async fn clients_that_delete_what_others_fork_and_restore_break_nothing() {
     let offered = hypervisors();
     for number in 0..3 {
         let hypervisor = offered[number % offered.len()];
-        let name = format!("source-{number}");
-        let guest = counting(&server, &image, json!({"name": name, "hypervisor": hypervisor})).await;
+        let overrides = json!({"name": format!("source-{number}"), "hypervisor": hypervisor});
+        let guest = server.counting(&image, overrides).await;
         told.lock().unwrap().instances.push(guest.id);
     }
     let mut death = Dice(seed);
@@ -383,12 +377,6 @@ async fn clients_that_delete_what_others_fork_and_restore_break_nothing() {
     for reply in join_all(paths.iter().map(|path| client.delete(path))).await {
         reply.expect(204);
     }
-    for directory in ["instances", "snapshots", "memory"] {
-        eventually(&format!("{directory} is empty"), || async {
-            let path = server.data_directory().join(directory);
-            std::fs::read_dir(path).unwrap().count() == 0
-        })
-        .await;
-    }
+    server.emptied(&["instances", "snapshots", "memory"]).await;
     assert_eq!(server.vmms(), vec![]);
 }

@@ -1,7 +1,8 @@
 //! A disk that fills up: a clear error, nothing corrupt, and on it goes once there is space.
 
 use hypeman_tests::{
-    Image, ImageBuilder, LayerBuilder, LoopDisk, Server, ServerOptions, Upstream, have, sha256, skip_unless,
+    Image, ImageBuilder, LayerBuilder, LoopDisk, Server, ServerOptions, Upstream, have, or_skip, sha256,
+    skip_unless,
 };
 use serde_json::json;
 
@@ -33,10 +34,7 @@ pub(crate) async fn server_on(disk: &LoopDisk) -> Server {
 
 #[tokio::test]
 async fn a_push_into_a_full_disk_fails_clearly_and_works_later() {
-    let Some(disk) = LoopDisk::mount(192) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(192), "needs root and a loop device");
     let server = server_on(&disk).await;
     let client = server.client();
     let image = ImageBuilder::empty()
@@ -96,10 +94,7 @@ async fn a_push_into_a_full_disk_fails_clearly_and_works_later() {
 
 #[tokio::test]
 async fn a_pull_whose_disk_fills_up_in_the_middle_fails_clearly_and_works_later() {
-    let Some(disk) = LoopDisk::mount(192) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(192), "needs root and a loop device");
     let server = server_on(&disk).await;
     let client = server.client();
     let upstream = Upstream::start().await;
@@ -135,10 +130,7 @@ async fn a_pull_whose_disk_fills_up_in_the_middle_fails_clearly_and_works_later(
 #[tokio::test]
 async fn instances_on_a_full_disk_fail_clearly_and_work_later() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(256) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(256), "needs root and a loop device");
     let mut server = server_on(&disk).await;
     let image = server.busybox().await;
     let guest = server.run(&image, json!({"overlay_size": "512MB"})).await;

@@ -3,12 +3,11 @@
 
 use std::collections::BTreeSet;
 
-use hypeman_tests::{Guest, LoopDisk, Reply, Server, eventually, have, skip_unless};
+use hypeman_tests::{Guest, LoopDisk, Reply, Server, eventually, have, or_skip, skip_unless};
 use serde_json::json;
 
 use crate::crash::paths;
 use crate::full_disk::server_on;
-use crate::snapshots::{counter, counting, goes_on};
 
 const MIB: u64 = 1 << 20;
 
@@ -17,7 +16,8 @@ const LEFT: [u64; 5] = [0, MIB, 12 * MIB, 30 * MIB, 160 * MIB];
 
 /// A guest that counts, writes to its disk all the time, and has all of the room that it needs there.
 async fn busy(server: &Server, image: &str) -> Guest {
-    let guest = counting(server, image, json!({"name": "origin", "overlay_size": "64MB"})).await;
+    let overrides = json!({"name": "origin", "overlay_size": "64MB"});
+    let guest = server.counting(image, overrides).await;
     guest
         .output("head -c 20000000 /dev/urandom > /dev/shm/random")
         .await;
@@ -55,7 +55,7 @@ async fn runs_on(guest: &Guest, at_least: u64) {
         .wait_until("it runs", |shown| shown["state"] != "Unknown")
         .await;
     assert_eq!(shown["state"], "Running", "{shown}");
-    goes_on(guest, at_least).await;
+    guest.goes_on(at_least).await;
     let written = async || guest.output("cat /root/n").await;
     let before = written().await;
     eventually("it goes on writing", || async { written().await != before }).await;
@@ -94,34 +94,21 @@ async fn nothing_new(server: &Server, before: &BTreeSet<String>) {
 }
 
 async fn count_of(server: &Server, list: &str) -> usize {
-    let listed = server.client().get(list).await.expect(200).json();
-    listed.as_array().unwrap().len()
+    server.listed(list).await.len()
 }
 
 #[tokio::test]
 async fn a_guest_that_cannot_be_captured_runs_on() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(512) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
     let server = server_on(&disk).await;
     let image = server.busybox().await;
     let guest = busy(&server, &image).await;
     // Of a booted guest all memory is kept, and that is what does not fit.
     capture_with_little_room(&server, &disk, &guest).await;
     // Of a restored one only what has changed: now it is the disk.
-    let path = format!("/instances/{}", guest.id);
-    server
-        .client()
-        .post_empty(&format!("{path}/standby"))
-        .await
-        .expect(200);
-    server
-        .client()
-        .post_empty(&format!("{path}/restore"))
-        .await
-        .expect(200);
+    guest.standby().await;
+    guest.restore().await;
     guest
         .output("head -c 30000000 /dev/urandom > /root/large && sync")
         .await;
@@ -132,20 +119,18 @@ async fn a_guest_that_cannot_be_captured_runs_on() {
 
 /// Captures in all ways, with more room each time.
 async fn capture_with_little_room(server: &Server, disk: &LoopDisk, guest: &Guest) {
-    let client = server.client();
-    let path = format!("/instances/{}", guest.id);
     let mut before = paths(server.data_directory());
     let (mut refused, mut succeeded) = (0, 0);
     for left in LEFT {
         for what in ["snapshots", "fork", "standby"] {
-            let counted = counter(guest).await;
+            let counted = guest.count().await;
             let body = match what {
                 "standby" => json!({}),
                 "snapshots" => json!({"kind": "Standby", "name": "cramped"}),
                 _ => json!({"name": "child", "from_running": true}),
             };
             let filler = disk.fill(left);
-            let reply = client.post(&format!("{path}/{what}"), &body).await;
+            let reply = guest.post(&format!("/{what}"), &body).await;
             let done = done(what, left, &reply);
             if !done {
                 refused += 1;
@@ -159,8 +144,8 @@ async fn capture_with_little_room(server: &Server, disk: &LoopDisk, guest: &Gues
                 succeeded += 1;
                 let id = reply.json()["id"].as_str().unwrap().to_owned();
                 match what {
-                    "standby" => drop(client.post_empty(&format!("{path}/restore")).await.expect(200)),
-                    "snapshots" => drop(client.delete(&format!("/snapshots/{id}")).await.expect(204)),
+                    "standby" => drop(guest.restore().await),
+                    "snapshots" => server.snapshot(&id).delete().await,
                     _ => server.guest(&id).delete().await,
                 }
             }
@@ -181,42 +166,31 @@ const SLACK: u64 = 12 * MIB;
 #[tokio::test]
 async fn memory_that_cannot_be_compressed_for_want_of_space_stays_usable_and_is_compressed_later() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(512) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
     let server = server_on(&disk).await;
     let client = server.client();
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"name": "origin", "overlay_size": "16MB"})).await;
+    let overrides = json!({"name": "origin", "overlay_size": "16MB"});
+    let guest = server.counting(&image, overrides).await;
     // Compressed, this takes as much as it does raw.
     guest
         .output("head -c 30000000 /dev/urandom > /dev/shm/random && sha256sum /dev/shm/random > /dev/shm/sum")
         .await;
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let take = async |body| client.post(&path, &body).await.expect(201).json();
-    let first = take(json!({"kind": "Standby"})).await;
-    client
-        .delete(&format!("/snapshots/{}", first["id"].as_str().unwrap()))
-        .await
-        .expect(204);
-    eventually("its space is back", || async {
-        std::fs::read_dir(server.data_directory().join("memory"))
-            .unwrap()
-            .count()
-            == 0
-    })
-    .await;
+    let first = guest.capture().await;
+    let size = first.inspect().await["size_bytes"].as_u64().unwrap();
+    first.delete().await;
+    // Its space is back.
+    server.emptied(&["memory"]).await;
     let before = paths(server.data_directory());
 
-    let filler = disk.fill(first["size_bytes"].as_u64().unwrap() + SLACK);
-    let snapshot = take(json!({"kind": "Standby", "compression": {"enabled": true}})).await;
-    let shown = format!("/snapshots/{}", snapshot["id"].as_str().unwrap());
+    let filler = disk.fill(size + SLACK);
+    let body = json!({"kind": "Standby", "compression": {"enabled": true}});
+    let snapshot = guest.take(body).await;
     eventually("there is no room for it", || async {
-        client.get(&shown).await.expect(200).json()["compression_state"] == "error"
+        snapshot.inspect().await["compression_state"] == "error"
     })
     .await;
-    let failed = client.get(&shown).await.json();
+    let failed = snapshot.inspect().await;
     let reason = failed["compression_error"].as_str().unwrap();
     assert!(reason.contains("space"), "{failed}");
     assert!(failed.get("compressed_size_bytes").is_none(), "{failed}");
@@ -226,38 +200,24 @@ async fn memory_that_cannot_be_compressed_for_want_of_space_stays_usable_and_is_
         "the list tells the same"
     );
     let intact = async || {
-        let verified = client
-            .post_empty(&format!("{shown}/verify"))
-            .await
-            .expect(200)
-            .json();
-        assert_eq!(verified["state"], "intact", "{verified}");
-        let child = client
-            .post(&format!("{shown}/fork"), &json!({"name": "child"}))
-            .await
-            .expect(201)
-            .json();
-        let child = server.guest(child["id"].as_str().unwrap());
+        snapshot.is_intact().await;
+        let child = snapshot.fork(json!({"name": "child"})).await;
         child.output("sha256sum -c /dev/shm/sum").await;
-        goes_on(&child, 0).await;
+        child.goes_on(0).await;
         child.delete().await;
     };
     intact().await;
 
     std::fs::remove_file(&filler).unwrap();
-    eventually("it is compressed after all", || async {
-        client.get(&shown).await.expect(200).json()["compression_state"] == "compressed"
-    })
-    .await;
-    let compressed = client.get(&shown).await.json();
+    let compressed = snapshot.compressed().await;
     assert!(compressed.get("compression_error").is_none(), "{compressed}");
     assert!(
         compressed["compressed_size_bytes"].as_u64().unwrap() > 30_000_000,
         "{compressed}"
     );
     intact().await;
-    goes_on(&guest, 0).await;
-    client.delete(&shown).await.expect(204);
+    guest.goes_on(0).await;
+    snapshot.delete().await;
     nothing_new(&server, &before).await;
     guest.delete().await;
 }
@@ -265,29 +225,17 @@ async fn memory_that_cannot_be_compressed_for_want_of_space_stays_usable_and_is_
 #[tokio::test]
 async fn what_was_kept_comes_back_from_a_full_disk_or_stays_as_it_is() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(512) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
     let server = server_on(&disk).await;
-    let client = server.client();
     let image = server.busybox().await;
     let guest = busy(&server, &image).await;
-    let path = format!("/instances/{}", guest.id);
-    let counted = counter(&guest).await;
-    let snapshot = client
-        .post(&format!("{path}/snapshots"), &json!({"kind": "Standby"}))
-        .await
-        .expect(201)
-        .json();
-    let shown = format!("/snapshots/{}", snapshot["id"].as_str().unwrap());
-    client.post_empty(&format!("{path}/standby")).await.expect(200);
+    let counted = guest.count().await;
+    let snapshot = guest.capture().await;
+    guest.standby().await;
     let before = paths(server.data_directory());
     for left in [0, MIB / 4, 4 * MIB, 30 * MIB] {
         let filler = disk.fill(left);
-        let reply = client
-            .post(&format!("{shown}/fork"), &json!({"name": "child", "count": 2}))
-            .await;
+        let reply = snapshot.try_fork(&json!({"name": "child", "count": 2})).await;
         let mut made = Vec::new();
         if done("fork", left, &reply) {
             let answer = reply.json();
@@ -300,11 +248,8 @@ async fn what_was_kept_comes_back_from_a_full_disk_or_stays_as_it_is() {
         }
         assert_eq!(count_of(&server, "/instances").await, 1 + made.len());
         assert_eq!(server.vmms().len(), made.len());
-        let back = client
-            .post(
-                &format!("{path}/snapshots/{}/restore", snapshot["id"].as_str().unwrap()),
-                &json!({"target_state": "Standby"}),
-            )
+        let back = guest
+            .try_go_back(&snapshot, &json!({"target_state": "Standby"}))
             .await;
         if done("restore of a snapshot", left, &back) {
             reserve(&server, &guest);
@@ -320,23 +265,17 @@ async fn what_was_kept_comes_back_from_a_full_disk_or_stays_as_it_is() {
     }
     // A restore needs next to nothing.
     let filler = disk.fill(0);
-    let reply = client.post_empty(&format!("{path}/restore")).await;
+    let reply = guest.post_empty("/restore").await;
     if !done("restore", 0, &reply) {
         assert_eq!(guest.inspect().await["state"], "Standby");
         assert_eq!(server.vmms(), vec![]);
         std::fs::remove_file(&filler).unwrap();
-        client.post_empty(&format!("{path}/restore")).await.expect(200);
+        guest.restore().await;
     } else {
         std::fs::remove_file(&filler).unwrap();
     }
     runs_on(&guest, counted).await;
     guest.delete().await;
-    client.delete(&shown).await.expect(204);
-    eventually("no memory is left", || async {
-        std::fs::read_dir(server.data_directory().join("memory"))
-            .unwrap()
-            .count()
-            == 0
-    })
-    .await;
+    snapshot.delete().await;
+    server.emptied(&["memory"]).await;
 }

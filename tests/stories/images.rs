@@ -54,10 +54,7 @@ async fn an_image_is_pushed_shown_tagged_and_deleted_with_its_last_tag() {
             .unwrap_or_default()
     };
     let both = disk(client.get("/resources").await.json());
-    client
-        .delete(&format!("/images/{}", encode(&name)))
-        .await
-        .expect(204);
+    server.delete_image(&name).await;
     assert_eq!(
         disk(client.get("/resources").await.json()),
         both,
@@ -71,10 +68,7 @@ async fn an_image_is_pushed_shown_tagged_and_deleted_with_its_last_tag() {
         .get(&format!("/images/{}", encode(&target)))
         .await
         .expect(200);
-    client
-        .delete(&format!("/images/{}", encode(&target)))
-        .await
-        .expect(204);
+    server.delete_image(&target).await;
     assert_eq!(
         disk(client.get("/resources").await.json()),
         0,

@@ -1,6 +1,6 @@
 //! From an image to a VM, through all its calls, to nothing.
 
-use hypeman_tests::{ExecSession, ImageBuilder, Server, encode, have, offers, skip_unless};
+use hypeman_tests::{ExecSession, ImageBuilder, Server, have, offers, skip_unless};
 use serde_json::{Value, json};
 
 fn paths_with(directory: &std::path::Path, needle: &str) -> Vec<std::path::PathBuf> {
@@ -144,10 +144,7 @@ async fn an_image_becomes_a_vm_and_leaves_nothing(hypervisor: &str) {
         paths_with(server.data_directory(), id),
         Vec::<std::path::PathBuf>::new()
     );
-    client
-        .delete(&format!("/images/{}", encode(&image)))
-        .await
-        .expect(204);
+    server.delete_image(&image).await;
     assert_eq!(client.get("/images").await.json(), json!([]));
 }
 

@@ -10,6 +10,7 @@
 mod access;
 mod bad_days;
 mod command_line;
+mod command_line_snapshots;
 mod contract;
 mod copy;
 mod crash;
@@ -35,6 +36,7 @@ mod registry;
 mod service;
 mod snapshots;
 mod snapshots_compression;
+mod snapshots_damage;
 mod snapshots_identity;
 mod snapshots_in_place;
 mod snapshots_many;

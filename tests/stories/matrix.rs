@@ -4,11 +4,10 @@
 //! both: the program of the image counts by itself, and one look asks for all that a guest should still know.
 
 use futures::future::join_all;
-use hypeman_tests::{Guest, Server, eventually, have, offers, skip_unless};
-use serde_json::{Value, json};
+use hypeman_tests::{COUNTS_ON, Guest, Server, have, offers, skip_unless};
+use serde_json::json;
 
 use crate::crash_snapshots as cut;
-use crate::snapshots::COUNTS_ON;
 use crate::snapshots_travel::import_bytes;
 
 /// Counts in memory for ever.
@@ -56,9 +55,6 @@ async fn the_whole_contract(hypervisor: &str) {
     let server = Server::start().await;
     let client = server.client();
     let guest = noted(&server, hypervisor).await;
-    let path = format!("/instances/{}", guest.id);
-    let post =
-        async |path: String, body: Value, status: u16| client.post(&path, &body).await.expect(status).json();
 
     // Logs, copies both ways, a command.
     guest.logs("follow=true").await.wait_for("counting").await;
@@ -67,31 +63,21 @@ async fn the_whole_contract(hypervisor: &str) {
     let first = goes_on(&guest, 0, "origin").await;
 
     // A snapshot of the running guest, which goes on; then standby, and back.
-    let snapshot = post(format!("{path}/snapshots"), json!({"kind": "Standby"}), 201).await;
+    let snapshot = guest.capture().await;
     assert_eq!(guest.inspect().await["state"], "Running");
-    assert_eq!(snapshot["source_hypervisor"], hypervisor);
-    let snapshot = snapshot["id"].as_str().unwrap().to_owned();
-    let asleep = post(format!("{path}/standby"), json!({}), 200).await;
+    assert_eq!(snapshot.inspect().await["source_hypervisor"], hypervisor);
+    let asleep = guest.standby().await;
     assert_eq!(asleep["state"], "Standby", "{asleep}");
     assert_eq!(server.vmms(), vec![]);
-    let awake = client
-        .post_empty(&format!("{path}/restore"))
-        .await
-        .expect(200)
-        .json();
+    let awake = guest.restore().await;
     assert_eq!(awake["state"], "Running", "{awake}");
     let later = goes_on(&guest, first, "origin").await;
 
     // Forks of the snapshot, each under a name of its own.
     let fork = json!({"name": "child", "count": 2, "target_state": "Running"});
-    let forked = post(format!("/snapshots/{snapshot}/fork"), fork, 201).await;
-    let children = forked["forks"].as_array().unwrap().iter().map(|one| {
-        let id = one["instance"]["id"].as_str().unwrap_or_else(|| panic!("{one}"));
-        (server.guest(id), one["name"].as_str().unwrap().to_owned())
-    });
-    let children: Vec<(Guest, String)> = children.collect();
+    let children = snapshot.forks(fork).await;
     assert_eq!(children.len(), 2);
-    let lives = children.iter().map(|(child, name)| async move {
+    let lives = children.iter().map(|(name, child)| async move {
         goes_on(child, first, name).await;
         child.delete().await;
     });
@@ -100,37 +86,28 @@ async fn the_whole_contract(hypervisor: &str) {
     // Stopped, and back to the snapshot.
     guest.stop().await;
     assert_eq!(server.vmms(), vec![]);
-    post(format!("{path}/snapshots/{snapshot}/restore"), json!({}), 200).await;
+    guest.go_back(&snapshot, json!({})).await;
     let back = goes_on(&guest, first, "origin").await;
     eprintln!("{hypervisor}: {first} when captured, {later} after standby, {back} after going back");
 
     // The snapshot leaves as a file, is forgotten, and comes in again.
-    let file = client
-        .get(&format!("/snapshots/{snapshot}/export"))
-        .await
-        .expect(200);
-    client.delete(&format!("/snapshots/{snapshot}")).await.expect(204);
+    let file = client.get(&snapshot.path("/export")).await.expect(200);
+    snapshot.delete().await;
     let imported = import_bytes(client, file.body.to_vec()).await.expect(201).json();
-    let imported = imported["id"].as_str().unwrap().to_owned();
-    let fork = json!({"name": "abroad", "target_state": "Running"});
-    let abroad = post(format!("/snapshots/{imported}/fork"), fork, 201).await;
-    let abroad = server.guest(abroad["id"].as_str().unwrap());
+    let imported = server.snapshot(imported["id"].as_str().unwrap());
+    let abroad = imported
+        .fork(json!({"name": "abroad", "target_state": "Running"}))
+        .await;
     goes_on(&abroad, first, "abroad").await;
     abroad.delete().await;
-    client.delete(&format!("/snapshots/{imported}")).await.expect(204);
+    imported.delete().await;
 
     // Stopped and started: the disk is what is left.
     guest.stop().await;
     guest.start(json!({})).await;
     goes_on(&guest, 0, "origin").await;
     guest.delete().await;
-    eventually("nothing is left", || async {
-        ["memory", "snapshots", "instances"].iter().all(|directory| {
-            let entries = std::fs::read_dir(server.data_directory().join(directory));
-            entries.unwrap().count() == 0
-        })
-    })
-    .await;
+    server.emptied(&["memory", "snapshots", "instances"]).await;
     assert_eq!(server.vmms(), vec![]);
 }
 
@@ -138,22 +115,14 @@ async fn the_whole_contract(hypervisor: &str) {
 async fn a_stopped_snapshot_goes_anywhere(from: &str) {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let guest = noted(&server, from).await;
     guest.stop().await;
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let snapshot = client
-        .post(&path, &json!({"kind": "Stopped"}))
-        .await
-        .expect(201)
-        .json();
+    let snapshot = guest.take(json!({"kind": "Stopped"})).await;
     guest.delete().await;
-    let fork = format!("/snapshots/{}/fork", snapshot["id"].as_str().unwrap());
     for to in KINDS.into_iter().filter(|kind| *kind != from && offers(kind)) {
         let body = json!({"name": format!("on-{to}"), "target_state": "Running", "target_hypervisor": to});
-        let child = client.post(&fork, &body).await.expect(201).json();
-        assert_eq!(child["hypervisor"], to, "{child}");
-        let child = server.guest(child["id"].as_str().unwrap());
+        let child = snapshot.fork(body).await;
+        assert_eq!(child.inspect().await["hypervisor"], to);
         child.wait_for("Running").await;
         let note = child.copy_out("/root/note", false).await.unwrap();
         assert_eq!(note[0].bytes, b"before\n", "from {from} to {to}");

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::process::Command;
 
-use hypeman_tests::{Server, ServerOptions, have, is_root, skip_unless};
+use hypeman_tests::{Server, ServerOptions, have, is_root, or_skip, skip_unless};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::json;
 
@@ -87,10 +87,7 @@ async fn with_the_privilege_instances_get_an_address_apart_from_each_other() {
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     let before = Namespace::output(&["ip", "-o", "link"]);
     Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
     let server = Server::start().await;
@@ -142,13 +139,9 @@ async fn a_fork_never_speaks_under_the_address_of_its_source() {
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     Namespace::run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"]);
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     for hypervisor in hypeman_tests::hypervisors() {
         let overrides = json!({"name": "source", "hypervisor": hypervisor, "network": {"enabled": true}});
@@ -161,20 +154,17 @@ async fn a_fork_never_speaks_under_the_address_of_its_source() {
             .output(&format!("ping -i 0.05 {gateway} >/dev/null 2>&1 </dev/null &"))
             .await;
         let body = json!({"name": "copy", "from_running": true, "count": 2});
-        let path = format!("/instances/{}/fork", source.id);
-        let forks = client.post(&path, &body).await.expect(201).json();
+        let copies = source.forks(body).await;
         let mut seen = std::collections::BTreeSet::from([address_in(&source).await]);
-        for fork in forks["forks"].as_array().unwrap() {
-            assert!(fork["error"].is_null(), "{fork}");
-            let shown = &fork["instance"];
-            let copy = server.guest(shown["id"].as_str().unwrap());
-            let address = address_in(&copy).await;
+        for (name, copy) in &copies {
+            let shown = copy.inspect().await;
+            let address = address_in(copy).await;
             assert_eq!(address, shown["network"]["ip"].as_str().unwrap());
             assert!(seen.insert(address.clone()), "{address} twice");
             let mac = shown["network"]["mac"].as_str().unwrap();
             assert!(copy.output("ip link show eth0").await.contains(mac));
             copy.output(&format!("ping -c 2 -w 20 {gateway}")).await;
-            assert_eq!(copy.output("hostname").await, fork["name"].as_str().unwrap());
+            assert_eq!(copy.output("hostname").await, *name);
         }
         source.output(&format!("ping -c 2 -w 20 {gateway}")).await;
         let neighbours = Namespace::output(&["ip", "neigh", "show"]);
@@ -188,17 +178,13 @@ async fn a_fork_never_speaks_under_the_address_of_its_source() {
                 "{neighbours}"
             );
         }
-        let standby = format!("/instances/{}/standby", source.id);
         let before = address_in(&source).await;
-        client.post_empty(&standby).await.expect(200);
-        client
-            .post_empty(&format!("/instances/{}/restore", source.id))
-            .await
-            .expect(200);
+        source.standby().await;
+        source.restore().await;
         assert_eq!(address_in(&source).await, before, "standby keeps the address");
         source.output(&format!("ping -c 2 -w 20 {gateway}")).await;
-        for instance in client.get("/instances").await.json().as_array().unwrap() {
-            server.guest(instance["id"].as_str().unwrap()).delete().await;
+        for instance in server.guests().await {
+            instance.delete().await;
         }
     }
     assert_eq!(
@@ -213,12 +199,8 @@ async fn a_fork_loses_the_connections_of_its_source_at_once_and_the_source_keeps
         have("busybox") && is_root() && have("ip") && have("nft"),
         "needs root, ip, nft and busybox-static"
     );
-    let Some(_namespace) = Namespace::enter() else {
-        skip_unless!(false, "cannot make network namespaces here");
-        return;
-    };
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     for hypervisor in hypeman_tests::hypervisors() {
         let overrides = json!({"name": "source", "hypervisor": hypervisor, "network": {"enabled": true}});
@@ -252,9 +234,7 @@ async fn a_fork_loses_the_connections_of_its_source_at_once_and_the_source_keeps
         };
         say("before").await;
         let body = json!({"name": "copy", "from_running": true});
-        let path = format!("/instances/{}/fork", source.id);
-        let copy = client.post(&path, &body).await.expect(201).json();
-        let copy = server.guest(copy["id"].as_str().unwrap());
+        let copy = source.fork(body).await;
         hypeman_tests::eventually("the copy's end of the connection is gone", || async {
             copy.shell("test -e /dev/shm/over").await.exit_code == 0
         })

@@ -4,8 +4,6 @@ use hypeman_tests::{Server, ServerOptions, have, pagers_of, skip_unless, told_on
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::snapshots::{counting, goes_on};
-
 #[tokio::test]
 async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
     skip_unless!(have("busybox"), "needs busybox-static");
@@ -18,21 +16,21 @@ async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
     })
     .await;
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"hypervisor": "firecracker"})).await;
-    let path = format!("/instances/{}", guest.id);
-    let client = server.client().clone();
-    client.post_empty(&format!("{path}/standby")).await.expect(200);
-    client.post_empty(&format!("{path}/restore")).await.expect(200);
+    let guest = server
+        .counting(&image, json!({"hypervisor": "firecracker"}))
+        .await;
+    guest.standby().await;
+    guest.restore().await;
     let pagers = pagers_of(server.data_directory());
     skip_unless!(!pagers.is_empty(), "needs userfaultfd");
     assert_eq!(pagers.len(), 1, "one for all machines");
-    let counted = goes_on(&guest, 0).await;
+    let counted = guest.goes_on(0).await;
 
     server.kill();
     server.start_again().await;
     guest.wait_for("Running").await;
     assert_eq!(pagers_of(server.data_directory()), pagers, "it is the same one");
-    let counted = goes_on(&guest, counted).await;
+    let counted = guest.goes_on(counted).await;
 
     pagers[0].signal(Signal::STOP);
     guest
@@ -47,7 +45,7 @@ async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
     guest
         .wait_until("it runs again", |instance| instance["state"] == "Running")
         .await;
-    goes_on(&guest, counted).await;
+    guest.goes_on(counted).await;
 
     pagers[0].signal(Signal::KILL);
     let ended = guest

@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 
-use hypeman_tests::{Client, Server, ServerOptions, eventually, have, skip_unless};
+use hypeman_tests::{Clock, Guest, Server, ServerOptions, Snapshot, eventually, have, skip_unless};
 use serde_json::{Value, json};
-
-use crate::snapshots::{counting, goes_on};
 
 /// How many memory images have a file of this name.
 fn with(server: &Server, name: &str) -> usize {
@@ -16,22 +14,14 @@ fn with(server: &Server, name: &str) -> usize {
         .count()
 }
 
-async fn state(client: &Client, id: &str) -> String {
-    let shown = client.get(&format!("/snapshots/{id}")).await.expect(200).json();
-    shown["compression_state"].as_str().unwrap().to_owned()
+async fn state(snapshot: &Snapshot) -> Value {
+    snapshot.inspect().await["compression_state"].clone()
 }
 
-async fn snapshot(client: &Client, instance: &str, compression: Option<Value>) -> String {
-    let mut body = json!({"kind": "Standby"});
-    if let Some(compression) = compression {
-        body["compression"] = compression;
-    }
-    let made = client
-        .post(&format!("/instances/{instance}/snapshots"), &body)
+async fn to_be_compressed(guest: &Guest) -> Snapshot {
+    guest
+        .take(json!({"kind": "Standby", "compression": {"enabled": true}}))
         .await
-        .expect(201)
-        .json();
-    made["id"].as_str().unwrap().to_owned()
 }
 
 /// A server that waits at a step until the file is removed.
@@ -45,38 +35,80 @@ async fn held(step: &str, server: &mut Server, directory: &tempfile::TempDir) ->
 }
 
 #[tokio::test]
+async fn a_compressed_snapshot_is_restored_straight_from_its_frames() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server.counting(&image, json!({"name": "origin"})).await;
+    guest
+        .output("head -c 20000000 /dev/urandom > /dev/shm/random; sha256sum /dev/shm/random > /dev/shm/sum")
+        .await;
+    for compression in [
+        json!({"enabled": true}),
+        json!({"enabled": true, "algorithm": "zstd", "level": 19}),
+        json!({"enabled": true, "algorithm": "lz4"}),
+        json!({"enabled": true, "algorithm": "lz4", "level": 9}),
+    ] {
+        let body = json!({"kind": "Standby", "compression": compression});
+        let snapshot = guest.take(body).await;
+        let compressed = snapshot.compressed().await;
+        let (small, large) = (
+            compressed["compressed_size_bytes"].as_u64().unwrap(),
+            compressed["uncompressed_size_bytes"].as_u64().unwrap(),
+        );
+        assert!(small < large, "{compressed}");
+        snapshot.is_intact().await;
+        let usage = snapshot.usage().await;
+        assert!(usage["own_bytes"].as_u64().unwrap() > 0, "{usage}");
+        let child = snapshot.fork(json!({"name": "child"})).await;
+        child.output("sha256sum -c /dev/shm/sum").await;
+        child.goes_on(0).await;
+        snapshot.delete().await;
+        child.goes_on(0).await;
+        child.delete().await;
+    }
+    for wrong in [
+        json!({"enabled": true, "algorithm": "zstd", "level": 20}),
+        json!({"enabled": true, "algorithm": "lz4", "level": 10}),
+    ] {
+        let body = json!({"kind": "Standby", "compression": wrong});
+        guest.post("/snapshots", &body).await.expect(400);
+    }
+    let standby = json!({"compression": {"enabled": true, "algorithm": "lz4"}, "compression_delay": "0s"});
+    guest.post("/standby", &standby).await.expect(200);
+    guest.restore().await;
+    guest.output("sha256sum -c /dev/shm/sum").await;
+    guest
+        .post("/standby", &json!({"compression_delay": "soon"}))
+        .await
+        .refused(400, "invalid_compression_delay");
+}
+
+#[tokio::test]
 async fn memory_in_standby_is_compressed_after_its_delay_also_by_the_next_server() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let clock = tempfile::NamedTempFile::new().unwrap();
-    let turned = || vec![("HYPEMAN_CLOCK".to_owned(), clock.path().display().to_string())];
-    let mut server = Server::start().await;
-    assert!(server.terminate());
-    server.start_again_with(turned()).await;
-    let client = server.client().clone();
+    let clock = Clock::new();
+    let mut server = Server::start_by(&clock).await;
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({})).await;
-    let path = format!("/instances/{}", guest.id);
+    let guest = server.counting(&image, json!({})).await;
     let standby = json!({"compression": {"enabled": true, "algorithm": "lz4"}, "compression_delay": "1h"});
     for dies in [false, true] {
-        std::fs::write(clock.path(), "0").unwrap();
-        client
-            .post(&format!("{path}/standby"), &standby)
-            .await
-            .expect(200);
+        clock.turn(0);
+        guest.post("/standby", &standby).await.expect(200);
         assert_eq!(with(&server, "memory.raw"), 1, "not before its time");
         if dies {
             server.kill();
         }
-        std::fs::write(clock.path(), "3660").unwrap();
+        clock.turn(3_660);
         if dies {
-            server.start_again_with(turned()).await;
+            server.start_again_with(vec![clock.variable()]).await;
         }
         eventually("only frames are left", || async {
             with(&server, "frames.index") > 0 && with(&server, "memory.raw") == 0
         })
         .await;
-        client.post_empty(&format!("{path}/restore")).await.expect(200);
-        goes_on(&guest, 1).await;
+        guest.restore().await;
+        guest.goes_on(1).await;
     }
     guest.delete().await;
 }
@@ -84,36 +116,24 @@ async fn memory_in_standby_is_compressed_after_its_delay_also_by_the_next_server
 #[tokio::test]
 async fn a_guest_that_wakes_up_before_is_not_compressed_any_more() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let clock = tempfile::NamedTempFile::new().unwrap();
-    let mut server = Server::start().await;
-    assert!(server.terminate());
-    let turned = ("HYPEMAN_CLOCK".to_owned(), clock.path().display().to_string());
-    server.start_again_with(vec![turned]).await;
-    let client = server.client().clone();
+    let clock = Clock::new();
+    let server = Server::start_by(&clock).await;
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({})).await;
-    let path = format!("/instances/{}", guest.id);
+    let guest = server.counting(&image, json!({})).await;
     let standby = json!({"compression": {"enabled": true}, "compression_delay": "1h"});
-    client
-        .post(&format!("{path}/standby"), &standby)
-        .await
-        .expect(200);
-    client.post_empty(&format!("{path}/restore")).await.expect(200);
-    std::fs::write(clock.path(), "7200").unwrap();
+    guest.post("/standby", &standby).await.expect(200);
+    guest.restore().await;
+    clock.turn(7_200);
     // One image is compressed at a time: when the second is done, the one in question has had its turn.
     for number in 1..=2 {
-        let id = snapshot(&client, &guest.id, Some(json!({"enabled": true}))).await;
-        eventually("the snapshot is compressed", || async {
-            state(&client, &id).await == "compressed"
-        })
-        .await;
+        to_be_compressed(&guest).await.compressed().await;
         assert_eq!(
             with(&server, "frames.index"),
             number,
             "what the machine maps is left alone"
         );
     }
-    goes_on(&guest, 1).await;
+    guest.goes_on(1).await;
 }
 
 #[tokio::test]
@@ -127,21 +147,16 @@ async fn the_servers_choice_holds_where_nobody_says_otherwise() {
         ..ServerOptions::default()
     })
     .await;
-    let client = server.client();
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({})).await;
-    let id = snapshot(client, &guest.id, None).await;
-    eventually("it is compressed", || async {
-        state(client, &id).await == "compressed"
-    })
-    .await;
-    let shown = client.get(&format!("/snapshots/{id}")).await.json();
+    let guest = server.counting(&image, json!({})).await;
+    let shown = guest.capture().await.compressed().await;
     assert_eq!(
         shown["compression"],
         json!({"enabled": true, "algorithm": "lz4", "level": 0})
     );
-    let plain = snapshot(client, &guest.id, Some(json!({"enabled": false}))).await;
-    assert_eq!(state(client, &plain).await, "none");
+    let plain = json!({"kind": "Standby", "compression": {"enabled": false}});
+    let plain = guest.take(plain).await;
+    assert_eq!(state(&plain).await, "none");
 }
 
 #[tokio::test]
@@ -150,10 +165,9 @@ async fn nobody_waits_for_a_compression_that_runs_and_its_work_is_not_lost() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = Server::start().await;
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"name": "origin"})).await;
+    let guest = server.counting(&image, json!({"name": "origin"})).await;
     let hold = held("memory.compress.written", &mut server, &directory).await;
-    let client = server.client().clone();
-    let id = snapshot(&client, &guest.id, Some(json!({"enabled": true}))).await;
+    let snapshot = to_be_compressed(&guest).await;
     let memory = server.data_directory().join("memory");
     eventually("it is being compressed", || async {
         let entries = std::fs::read_dir(&memory).unwrap().flatten();
@@ -162,31 +176,17 @@ async fn nobody_waits_for_a_compression_that_runs_and_its_work_is_not_lost() {
             .any(|name| name.starts_with(".tmp-compress-"))
     })
     .await;
-    let fork = json!({"name": "child"});
-    let child = client.post(&format!("/snapshots/{id}/fork"), &fork).await;
-    let child = server.guest(child.expect(201).json()["id"].as_str().unwrap());
-    goes_on(&child, 1).await;
+    let child = snapshot.fork(json!({"name": "child"})).await;
+    child.goes_on(1).await;
     guest.stop().await;
-    let restore = json!({"target_state": "Running"});
-    client
-        .post(
-            &format!("/instances/{}/snapshots/{id}/restore", guest.id),
-            &restore,
-        )
-        .await
-        .expect(200);
-    goes_on(&guest, 1).await;
-    assert_eq!(state(&client, &id).await, "compressing");
+    guest.go_back(&snapshot, json!({"target_state": "Running"})).await;
+    guest.goes_on(1).await;
+    assert_eq!(state(&snapshot).await, "compressing");
     std::fs::remove_file(hold).unwrap();
-    eventually("it is compressed", || async {
-        state(&client, &id).await == "compressed"
-    })
-    .await;
-    let fork = json!({"name": "framed"});
-    let framed = client.post(&format!("/snapshots/{id}/fork"), &fork).await;
-    let framed = server.guest(framed.expect(201).json()["id"].as_str().unwrap());
+    snapshot.compressed().await;
+    let framed = snapshot.fork(json!({"name": "framed"})).await;
     for guest in [&guest, &child, &framed] {
-        goes_on(guest, 1).await;
+        guest.goes_on(1).await;
     }
 }
 
@@ -196,24 +196,22 @@ async fn a_compression_in_the_middle_of_which_the_server_ends_is_done_by_the_nex
     let directory = tempfile::tempdir().unwrap();
     let mut server = Server::start().await;
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"name": "origin"})).await;
+    let guest = server.counting(&image, json!({"name": "origin"})).await;
     let hold = held("memory.compress.begun", &mut server, &directory).await;
-    let client = server.client().clone();
-    let id = snapshot(&client, &guest.id, Some(json!({"enabled": true}))).await;
+    let snapshot = to_be_compressed(&guest).await;
     eventually("it is being compressed", || async {
-        state(&client, &id).await == "compressing"
+        state(&snapshot).await == "compressing"
     })
     .await;
     std::fs::remove_file(hold).unwrap();
     assert!(server.terminate(), "it ends well");
     server.start_again_with(Vec::new()).await;
     eventually("it is compressed after all", || async {
-        state(&client, &id).await == "compressed" && with(&server, "memory.raw") == 0
+        state(&snapshot).await == "compressed" && with(&server, "memory.raw") == 0
     })
     .await;
-    let verified = client.post_empty(&format!("/snapshots/{id}/verify")).await;
-    assert_eq!(verified.expect(200).json()["state"], "intact");
-    goes_on(&guest, 1).await;
+    snapshot.is_intact().await;
+    guest.goes_on(1).await;
 }
 
 #[tokio::test]
@@ -222,18 +220,14 @@ async fn a_snapshot_that_is_deleted_takes_its_compression_along() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = Server::start().await;
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"name": "origin"})).await;
+    let guest = server.counting(&image, json!({"name": "origin"})).await;
     let hold = held("memory.compress.begun", &mut server, &directory).await;
-    let client = server.client().clone();
-    let id = snapshot(&client, &guest.id, Some(json!({"enabled": true}))).await;
+    let snapshot = to_be_compressed(&guest).await;
     let memory = server.data_directory().join("memory");
     let working = || std::fs::read_dir(&memory).unwrap().count() > 1;
     eventually("it is being compressed", || async { working() }).await;
-    client.delete(&format!("/snapshots/{id}")).await.expect(204);
+    snapshot.delete().await;
     std::fs::remove_file(hold).unwrap();
-    eventually("nothing of it is left", || async {
-        std::fs::read_dir(&memory).unwrap().count() == 0
-    })
-    .await;
-    goes_on(&guest, 1).await;
+    server.emptied(&["memory"]).await;
+    guest.goes_on(1).await;
 }

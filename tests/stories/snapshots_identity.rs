@@ -49,7 +49,6 @@ fn now() -> u64 {
 async fn a_copy_does_nothing_before_it_knows_who_it_is_and_what_time_it_is() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server
         .push(&image().unwrap().build(), "stories/workload", "1")
         .await;
@@ -69,27 +68,20 @@ async fn a_copy_does_nothing_before_it_knows_who_it_is_and_what_time_it_is() {
             source.output("/bin/workload </dev/null >/dev/null 2>&1 &").await;
         }
         note(&source, 20).await;
-        let body = json!({"kind": "Standby", "name": "moment"});
-        let path = format!("/instances/{}/snapshots", source.id);
-        let snapshot = client.post(&path, &body).await.expect(201).json();
+        let snapshot = source.take(json!({"kind": "Standby", "name": "moment"})).await;
         let captured = now();
         // A clock that stood still would show.
         while now() < captured + 3 {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
         let forked = now();
-        let path = format!("/snapshots/{}/fork", snapshot["id"].as_str().unwrap());
-        let body = json!({"name": "copy", "count": 3});
-        let forks = client.post(&path, &body).await.expect(201).json();
+        let copies = snapshot.forks(json!({"name": "copy", "count": 3})).await;
 
         let mut last_of_source = None;
         let mut times_of_source = None;
         let mut draws = std::collections::BTreeSet::new();
-        for fork in forks["forks"].as_array().unwrap() {
-            assert!(fork["error"].is_null(), "{fork}");
-            let copy = server.guest(fork["instance"]["id"].as_str().unwrap());
-            let name = fork["name"].as_str().unwrap();
-            let last = notes_as(&copy, "origin").await;
+        for (name, copy) in &copies {
+            let last = notes_as(copy, "origin").await;
             // Not one note more under its name than at the moment of the capture, in any of them.
             assert_eq!(
                 *last_of_source.get_or_insert(last),
@@ -98,12 +90,12 @@ async fn a_copy_does_nothing_before_it_knows_who_it_is_and_what_time_it_is() {
             );
             // The last one may have been in the making.
             assert_eq!(
-                note(&copy, last - 1).await,
+                note(copy, last - 1).await,
                 note(&source, last - 1).await,
                 "{hypervisor} {life}"
             );
             // The next one was in the making: it may have read a part of the name, or its random number, before.
-            let first = note(&copy, last + 2).await;
+            let first = note(copy, last + 2).await;
             assert!(
                 first.starts_with(&format!("{} {name} ", last + 2)),
                 "{hypervisor} {life}: {first}"
@@ -133,10 +125,7 @@ async fn a_copy_does_nothing_before_it_knows_who_it_is_and_what_time_it_is() {
             4,
             "{hypervisor} {life}: all draw for themselves: {draws:?}"
         );
-        client
-            .delete(&format!("/snapshots/{}", snapshot["id"].as_str().unwrap()))
-            .await
-            .expect(204);
+        snapshot.delete().await;
         source.delete().await;
     }
 }
@@ -145,10 +134,8 @@ async fn a_copy_does_nothing_before_it_knows_who_it_is_and_what_time_it_is() {
 async fn a_session_that_is_asked_for_during_a_capture_begins_after_it() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     let guest = server.run(&image, json!({})).await;
-    let path = format!("/instances/{}/snapshots", guest.id);
     let asked = async {
         for number in 0..40 {
             assert_eq!(guest.output(&format!("echo {number}")).await, number.to_string());
@@ -156,8 +143,7 @@ async fn a_session_that_is_asked_for_during_a_capture_begins_after_it() {
     };
     let captured = async {
         for _ in 0..8 {
-            let body = json!({"kind": "Standby"});
-            client.post(&path, &body).await.expect(201);
+            guest.capture().await;
         }
     };
     tokio::join!(asked, captured);
@@ -181,8 +167,7 @@ async fn a_guest_whose_agent_nobody_may_use_stands_by_and_is_forked_like_any_oth
     let before = number(&guest.logs("follow=true").await.wait_for(" origin").await);
 
     let body = json!({"name": "copy", "from_running": true});
-    let fork = format!("/instances/{}/fork", guest.id);
-    let copy = client.post(&fork, &body).await.expect(201).json();
+    let copy = guest.post("/fork", &body).await.expect(201).json();
     assert_eq!(copy["state"], "Running", "{copy}");
     let copy = server.guest(copy["id"].as_str().unwrap());
     // It goes on where its source was, and knows who it is.
@@ -193,14 +178,9 @@ async fn a_guest_whose_agent_nobody_may_use_stands_by_and_is_forked_like_any_oth
     assert_eq!((status, &body["code"]), (409, &json!("invalid_state")), "{body}");
     copy.delete().await;
 
-    let path = format!("/instances/{}", guest.id);
-    client.post_empty(&format!("{path}/standby")).await.expect(200);
+    guest.standby().await;
     let last = number(&guest.logs("tail=1").await.all().await[0]);
-    let back = client
-        .post_empty(&format!("{path}/restore"))
-        .await
-        .expect(200)
-        .json();
+    let back = guest.restore().await;
     assert_eq!(back["state"], "Running", "{back}");
     let mut lines = guest.logs("follow=true").await;
     while number(&lines.next().await.unwrap()) <= last {}
@@ -233,37 +213,26 @@ async fn tells_the_time(guest: &Guest, what: &str) {
 async fn who_goes_on_has_the_time_of_its_host() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     for hypervisor in hypervisors() {
         let overrides = json!({"name": "origin", "hypervisor": hypervisor});
         let guest = server.run(&image, overrides).await;
-        let path = format!("/instances/{}", guest.id);
-        let body = json!({"kind": "Standby"});
-        let taken = client.post(&format!("{path}/snapshots"), &body).await.expect(201);
-        let snapshot = taken.json()["id"].as_str().unwrap().to_owned();
-        client.post_empty(&format!("{path}/standby")).await.expect(200);
+        let snapshot = guest.capture().await;
+        guest.standby().await;
         // A clock that stood still would show.
         let captured = now();
         while now() < captured + 2 {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
-        client.post_empty(&format!("{path}/restore")).await.expect(200);
+        guest.restore().await;
         tells_the_time(&guest, &format!("restored on {hypervisor}")).await;
-        let fork = format!("/snapshots/{snapshot}/fork");
-        let copy = client
-            .post(&fork, &json!({"name": "copy"}))
-            .await
-            .expect(201)
-            .json();
-        let copy = server.guest(copy["id"].as_str().unwrap());
+        let copy = snapshot.fork(json!({"name": "copy"})).await;
         tells_the_time(&copy, &format!("forked on {hypervisor}")).await;
         copy.delete().await;
         guest.stop().await;
-        let restore = format!("{path}/snapshots/{snapshot}/restore");
-        client.post(&restore, &json!({})).await.expect(200);
+        guest.go_back(&snapshot, json!({})).await;
         tells_the_time(&guest, &format!("gone back on {hypervisor}")).await;
         guest.delete().await;
-        client.delete(&format!("/snapshots/{snapshot}")).await.expect(204);
+        snapshot.delete().await;
     }
 }

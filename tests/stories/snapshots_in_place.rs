@@ -2,33 +2,18 @@
 
 use std::path::PathBuf;
 
-use hypeman_tests::{Guest, Server, eventually, have, hypervisors, skip_unless};
-use serde_json::{Value, json};
+use hypeman_tests::{Guest, Server, Snapshot, flip, have, hypervisors, skip_unless};
+use serde_json::json;
 
-use crate::snapshots::{counter, counting, files, flip, goes_on};
+use crate::snapshots_damage::parts;
 use crate::snapshots_travel::{export, forged, import_bytes};
 
-async fn take(server: &Server, guest: &Guest, body: Value) -> String {
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let snapshot = server.client().post(&path, &body).await.expect(201).json();
-    snapshot["id"].as_str().unwrap().to_owned()
-}
-
-/// Every file that a snapshot consists of, while there is no memory but its own.
-fn parts(server: &Server, snapshot: &str) -> Vec<PathBuf> {
-    let mut parts = files(&server.data_directory().join("snapshots").join(snapshot));
-    parts.extend(files(&server.data_directory().join("memory")));
-    parts.retain(|part| !part.ends_with("verified"));
-    assert!(parts.len() >= 5, "{parts:?}");
-    parts
-}
-
 /// Tries to go back to a snapshot with one damaged part after the other.
-async fn refused_with_each_flipped(server: &Server, guest: &Guest, restore: &str, parts: &[PathBuf]) {
+async fn refused_with_each_flipped(server: &Server, guest: &Guest, snapshot: &Snapshot, parts: &[PathBuf]) {
     let state = guest.inspect().await["state"].clone();
     for part in parts {
         flip(part);
-        let reply = server.client().post(restore, &json!({})).await;
+        let reply = guest.try_go_back(snapshot, &json!({})).await;
         assert_eq!(reply.status, 409, "{}: {}", part.display(), reply.text());
         reply.refused(409, "snapshot_damaged");
         assert_eq!(server.vmms(), vec![], "{}", part.display());
@@ -41,50 +26,40 @@ async fn refused_with_each_flipped(server: &Server, guest: &Guest, restore: &str
 async fn what_is_there_is_not_given_up_for_a_damaged_snapshot() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     for (hypervisor, compressed) in hypervisors()
         .into_iter()
         .flat_map(|kind| [(kind, false), (kind, true)])
     {
-        let guest = counting(&server, &image, json!({"hypervisor": hypervisor})).await;
-        let path = format!("/instances/{}", guest.id);
+        let guest = server.counting(&image, json!({"hypervisor": hypervisor})).await;
         let body = json!({"kind": "Standby", "compression": {"enabled": compressed}});
-        let id = take(&server, &guest, body).await;
-        let shown = format!("/snapshots/{id}");
+        let snapshot = guest.take(body).await;
         if compressed {
-            eventually("it is compressed", || async {
-                client.get(&shown).await.expect(200).json()["compression_state"] == "compressed"
-            })
-            .await;
+            snapshot.compressed().await;
         }
-        let parts = parts(&server, &id);
+        let parts = parts(&server, &snapshot);
         guest.output("echo after > /root/note && sync").await;
-        let counted = counter(&guest).await;
-        let restore = format!("{path}/snapshots/{id}/restore");
+        let counted = guest.count().await;
 
-        client.post_empty(&format!("{path}/standby")).await.expect(200);
-        refused_with_each_flipped(&server, &guest, &restore, &parts).await;
-        client.post_empty(&format!("{path}/restore")).await.expect(200);
-        goes_on(&guest, counted).await;
+        guest.standby().await;
+        refused_with_each_flipped(&server, &guest, &snapshot, &parts).await;
+        guest.restore().await;
+        guest.goes_on(counted).await;
         assert_eq!(guest.output("cat /root/note").await, "after");
 
         guest.stop().await;
-        refused_with_each_flipped(&server, &guest, &restore, &parts).await;
+        refused_with_each_flipped(&server, &guest, &snapshot, &parts).await;
         guest.start(json!({})).await;
         assert_eq!(guest.output("cat /root/note").await, "after");
 
         // Nothing of it was damaged for good.
         guest.stop().await;
-        client.post(&restore, &json!({})).await.expect(200);
-        goes_on(&guest, 0).await;
+        guest.go_back(&snapshot, json!({})).await;
+        guest.goes_on(0).await;
         assert_eq!(guest.output("cat /root/note").await, "before");
         guest.delete().await;
-        client.delete(&shown).await.expect(204);
-        eventually("the memory of nobody is gone", || async {
-            files(&server.data_directory().join("memory")).is_empty()
-        })
-        .await;
+        snapshot.delete().await;
+        server.emptied(&["memory"]).await;
     }
 }
 
@@ -94,13 +69,12 @@ async fn what_does_not_fit_this_host_is_refused_by_name_and_nothing_is_given_up_
     let server = Server::start().await;
     let client = server.client();
     let image = server.busybox().await;
-    let guest = counting(&server, &image, json!({"name": "origin"})).await;
-    let path = format!("/instances/{}", guest.id);
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-    let file = std::fs::read(export(&server, &id).await).unwrap();
+    let guest = server.counting(&image, json!({"name": "origin"})).await;
+    let snapshot = guest.capture().await;
+    let file = std::fs::read(export(&server, &snapshot).await).unwrap();
     guest.output("echo after > /root/note && sync").await;
-    let counted = counter(&guest).await;
-    client.post_empty(&format!("{path}/standby")).await.expect(200);
+    let counted = guest.count().await;
+    guest.standby().await;
     for (part, value, named, advice) in [
         ("version", "0.0.1", "version 0.0.1", "install that version"),
         ("machine", "pc-0.1", "machine type pc-0.1", "install a build"),
@@ -112,9 +86,9 @@ async fn what_does_not_fit_this_host_is_refused_by_name_and_nothing_is_given_up_
             *papers.pointer_mut(&place).unwrap() = json!(value)
         });
         let imported = import_bytes(client, bytes).await.expect(201).json();
-        let imported = imported["id"].as_str().unwrap().to_owned();
-        let restore = format!("{path}/snapshots/{imported}/restore");
-        let fork = format!("/snapshots/{imported}/fork");
+        let imported = server.snapshot(imported["id"].as_str().unwrap());
+        let restore = guest.path(&format!("/snapshots/{}/restore", imported.id));
+        let fork = imported.path("/fork");
         for (call, body) in [
             (&restore, json!({})),
             (&restore, json!({"target_state": "Standby"})),
@@ -126,15 +100,13 @@ async fn what_does_not_fit_this_host_is_refused_by_name_and_nothing_is_given_up_
             assert_eq!(server.vmms(), vec![], "{call} {body}");
         }
         assert_eq!(guest.inspect().await["state"], "Standby");
-        let listed = client.get("/instances").await.expect(200).json();
-        assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+        assert_eq!(server.guests().await.len(), 1);
         // Its disk can be used anywhere.
         let cold = json!({"name": "cold", "target_state": "Stopped"});
-        let cold = client.post(&fork, &cold).await.expect(201).json();
-        server.guest(cold["id"].as_str().unwrap()).delete().await;
-        client.delete(&format!("/snapshots/{imported}")).await.expect(204);
+        imported.fork(cold).await.delete().await;
+        imported.delete().await;
     }
-    client.post_empty(&format!("{path}/restore")).await.expect(200);
-    goes_on(&guest, counted).await;
+    guest.restore().await;
+    guest.goes_on(counted).await;
     assert_eq!(guest.output("cat /root/note").await, "after");
 }

@@ -6,8 +6,6 @@ use futures::future::join_all;
 use hypeman_tests::{Guest, Server, eventually, have, hypervisors, skip_unless};
 use serde_json::{Value, json};
 
-use crate::snapshots::{counting, goes_on};
-
 const MANY: usize = 100;
 
 /// Writes a number to the disk, past every cache, and reads it back before and after the next one: a disk that is older
@@ -30,7 +28,6 @@ done
 async fn memory_and_disk_belong_to_one_instant() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     let offered = hypervisors();
     for hypervisor in &offered {
@@ -41,7 +38,6 @@ async fn memory_and_disk_belong_to_one_instant() {
         guest
             .output("sh /root/lockstep >/dev/null 2>/dev/shm/complaints </dev/null &")
             .await;
-        let path = format!("/instances/{}", guest.id);
         for round in 0..MANY.div_ceil(offered.len()) {
             // It goes on, and has never seen the two apart.
             let goes_on = guest
@@ -62,16 +58,13 @@ async fn memory_and_disk_belong_to_one_instant() {
             );
             // By turns a capture of the running guest, and one that puts it to standby.
             if round % 2 == 0 {
-                let kind = json!({"kind": "Standby"});
-                let taken = client.post(&format!("{path}/snapshots"), &kind).await;
-                let id = taken.expect(201).json()["id"].as_str().unwrap().to_owned();
-                client.post_empty(&format!("{path}/standby")).await.expect(200);
-                let restore = format!("{path}/snapshots/{id}/restore");
-                client.post(&restore, &json!({})).await.expect(200);
-                client.delete(&format!("/snapshots/{id}")).await.expect(204);
+                let snapshot = guest.capture().await;
+                guest.standby().await;
+                guest.go_back(&snapshot, json!({})).await;
+                snapshot.delete().await;
             } else {
-                client.post_empty(&format!("{path}/standby")).await.expect(200);
-                client.post_empty(&format!("{path}/restore")).await.expect(200);
+                guest.standby().await;
+                guest.restore().await;
             }
         }
         guest.delete().await;
@@ -83,41 +76,24 @@ async fn twenty_five_restores_of_one_snapshot_at_once_are_all_alive() {
     const AT_ONCE: usize = 25;
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     for hypervisor in hypervisors() {
-        let guest = counting(
-            &server,
-            &image,
-            json!({"name": "origin", "hypervisor": hypervisor}),
-        )
-        .await;
-        let path = format!("/instances/{}/snapshots", guest.id);
-        let taken = client
-            .post(&path, &json!({"kind": "Standby"}))
-            .await
-            .expect(201)
-            .json();
+        let overrides = json!({"name": "origin", "hypervisor": hypervisor});
+        let guest = server.counting(&image, overrides).await;
+        let snapshot = guest.capture().await;
         guest.delete().await;
-        let snapshot = format!("/snapshots/{}", taken["id"].as_str().unwrap());
-        let forked = client
-            .post(
-                &format!("{snapshot}/fork"),
-                &json!({"name": "child", "count": AT_ONCE, "target_state": "Running"}),
-            )
+        let body = json!({"name": "child", "count": AT_ONCE, "target_state": "Running"});
+        let children: Vec<Guest> = snapshot
+            .forks(body)
             .await
-            .expect(201)
-            .json();
-        let forks = forked["forks"].as_array().unwrap();
-        let children: Vec<Guest> = forks
-            .iter()
-            .map(|one| server.guest(one["instance"]["id"].as_str().unwrap_or_else(|| panic!("{one}"))))
+            .into_iter()
+            .map(|(_, child)| child)
             .collect();
         assert_eq!(children.len(), AT_ONCE);
-        join_all(children.iter().map(|child| goes_on(child, 1))).await;
+        join_all(children.iter().map(|child| child.goes_on(1))).await;
         assert_eq!(server.vmms().len(), AT_ONCE);
         join_all(children.iter().map(Guest::delete)).await;
-        client.delete(&snapshot).await.expect(204);
+        snapshot.delete().await;
         assert_eq!(server.vmms(), vec![]);
     }
 }
@@ -126,35 +102,22 @@ async fn twenty_five_restores_of_one_snapshot_at_once_are_all_alive() {
 async fn a_hundred_forks_come_of_one_call_each_with_its_own_outcome() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
-    let client = server.client();
     let image = server.busybox().await;
     let guest = server
         .run(&image, json!({"name": "origin", "size": "128MB"}))
         .await;
     guest.stop().await;
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let taken = client
-        .post(&path, &json!({"kind": "Stopped"}))
-        .await
-        .expect(201)
-        .json();
-    let fork = format!("/snapshots/{}/fork", taken["id"].as_str().unwrap());
-    client
-        .post(&fork, &json!({"name": "child", "count": MANY + 1}))
+    let snapshot = guest.take(json!({"kind": "Stopped"})).await;
+    snapshot
+        .try_fork(&json!({"name": "child", "count": MANY + 1}))
         .await
         .refused(400, "Bad Request");
     // One name is taken: that child fails, and no other for it.
     server
         .create(&image, json!({"name": "child-50", "size": "128MB"}))
         .await;
-    let forked = client
-        .post(
-            &fork,
-            &json!({"name": "child", "count": MANY, "target_state": "Stopped"}),
-        )
-        .await
-        .expect(201)
-        .json();
+    let body = json!({"name": "child", "count": MANY, "target_state": "Stopped"});
+    let forked = snapshot.try_fork(&body).await.expect(201).json();
     let forks = forked["forks"].as_array().unwrap();
     let failed: Vec<&Value> = forks.iter().filter(|one| !one["error"].is_null()).collect();
     assert_eq!(failed.len(), 1, "{failed:?}");
@@ -165,8 +128,7 @@ async fn a_hundred_forks_come_of_one_call_each_with_its_own_outcome() {
         .filter_map(|one| one["instance"]["id"].as_str())
         .collect();
     assert_eq!(ids.len(), MANY - 1);
-    let listed = client.get("/instances?state=Stopped").await.expect(200).json();
-    assert_eq!(listed.as_array().unwrap().len(), MANY);
+    assert_eq!(server.listed("/instances?state=Stopped").await.len(), MANY);
     for id in ids {
         server.guest(id).delete().await;
     }

@@ -1,37 +1,24 @@
 //! Snapshots by the clock: of what they are, how many there are, which of them go, and what a client hears of them.
 
-use std::path::Path;
-
-use hypeman_tests::{EventStream, Guest, Server, eventually, have, skip_unless};
+use hypeman_tests::{Clock, EventStream, Guest, Reply, Server, eventually, have, skip_unless};
 use serde_json::{Value, json};
 
 /// An hour, and the longest that a schedule of an hour may be late by itself.
 const STRIKE: u64 = 4_000;
 
-/// Sets the clock of schedules ahead. The server never reads half a number.
-pub(crate) fn turn(clock: &Path, seconds: u64) {
-    let next = clock.with_extension("next");
-    std::fs::write(&next, seconds.to_string()).unwrap();
-    std::fs::rename(&next, clock).unwrap();
-}
-
 /// A server whose schedules go by a clock that the story turns, and the schedule of one of its instances.
 struct Tower {
     server: Server,
-    clock: tempfile::NamedTempFile,
+    clock: Clock,
     ahead: u64,
     path: String,
 }
 
 impl Tower {
     async fn build() -> Self {
-        let clock = tempfile::NamedTempFile::new().unwrap();
-        let mut server = Server::start().await;
-        server.kill();
-        let turned = ("HYPEMAN_CLOCK".to_owned(), clock.path().display().to_string());
-        server.start_again_with(vec![turned]).await;
+        let clock = Clock::new();
         Self {
-            server,
+            server: Server::start_by(&clock).await,
             clock,
             ahead: 0,
             path: String::new(),
@@ -41,14 +28,18 @@ impl Tower {
     async fn run(&mut self) -> Guest {
         let image = self.server.busybox().await;
         let guest = self.server.run(&image, json!({"name": "origin"})).await;
-        self.path = format!("/instances/{}/snapshot-schedule", guest.id);
+        self.path = guest.path("/snapshot-schedule");
         guest
     }
 
-    async fn set(&self, body: Value) {
+    async fn set(&self, body: Value) -> Value {
+        self.try_set(body).await.expect(200).json()
+    }
+
+    async fn try_set(&self, body: Value) -> Reply {
         let client = self.server.client();
         let request = client.request(reqwest::Method::PUT, &self.path).json(&body);
-        client.send(request).await.expect(200);
+        client.send(request).await
     }
 
     async fn schedule(&self) -> Value {
@@ -63,7 +54,7 @@ impl Tower {
     async fn after(&mut self, seconds: u64) -> Value {
         let before = self.schedule().await["last_run_at"].clone();
         self.ahead += seconds;
-        turn(self.clock.path(), self.ahead);
+        self.clock.turn(self.ahead);
         eventually("the clock strikes", || async {
             self.schedule().await["last_run_at"] != before
         })
@@ -73,23 +64,61 @@ impl Tower {
 
     /// Ids of the snapshots with a tag, newest first.
     async fn snapshots(&self, by: &str) -> Vec<String> {
-        let path = format!("/snapshots?tags%5Bby%5D={by}");
-        let listed = self.server.client().get(&path).await.expect(200).json();
-        let ids = listed.as_array().unwrap().iter();
-        ids.map(|snapshot| snapshot["id"].as_str().unwrap().to_owned())
-            .collect()
+        self.server.listed(&format!("/snapshots?tags%5Bby%5D={by}")).await
     }
 
     async fn kind_of_last(&self) -> Value {
         let schedule = self.schedule().await;
         assert!(schedule["last_error"].is_null(), "{schedule}");
-        let path = format!("/snapshots/{}", schedule["last_snapshot_id"].as_str().unwrap());
-        self.server.client().get(&path).await.expect(200).json()["kind"].clone()
+        let last = schedule["last_snapshot_id"].as_str().unwrap();
+        self.server.snapshot(last).inspect().await["kind"].clone()
     }
 }
 
 fn hourly(by: &str, retention: Value) -> Value {
     json!({"interval": "1h", "retention": retention, "metadata": {"by": by}})
+}
+
+#[tokio::test]
+async fn a_schedule_makes_and_retires_snapshots() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut tower = Tower::build().await;
+    let guest = tower.run().await;
+    let client = tower.server.client().clone();
+    client.get(&tower.path).await.refused(404, "not_found");
+    for wrong in [
+        json!({"interval": "30s", "retention": {"max_count": 1}}),
+        json!({"interval": "1m", "retention": {}}),
+    ] {
+        tower.try_set(wrong).await.refused(400, "invalid_request");
+    }
+    let body = json!({"interval": "1h", "retention": {"max_count": 2}, "name_prefix": "hourly", "metadata": {"by": "clock"}});
+    let set = tower.set(body).await;
+    assert_eq!(set["interval"], "1h0m0s", "{set}");
+    let mut last = Value::Null;
+    for _ in 0..3 {
+        let struck = tower.strike().await;
+        assert!(struck["last_snapshot_id"].is_string(), "{struck}");
+        assert_ne!(struck["last_snapshot_id"], last);
+        last = struck["last_snapshot_id"].clone();
+    }
+    eventually("two are kept", || async {
+        tower.snapshots("clock").await.len() == 2
+    })
+    .await;
+    let kept = tower.server.snapshots().await;
+    assert_eq!(last, kept[0].id.as_str(), "newest first");
+    let newest = kept[0].inspect().await;
+    assert!(
+        newest["name"].as_str().unwrap().starts_with("hourly-"),
+        "{newest}"
+    );
+    guest.delete().await;
+    client.get(&tower.path).await.expect(200);
+    for snapshot in &kept {
+        snapshot.delete().await;
+    }
+    client.get(&tower.path).await.refused(404, "not_found");
 }
 
 #[tokio::test]
@@ -100,12 +129,11 @@ async fn a_schedule_goes_by_the_state_of_its_instance_and_tells_what_failed() {
     let client = tower.server.client().clone();
     let mut events = EventStream::open(&client, None).await;
     tower.set(hourly("clock", json!({"max_count": 9}))).await;
-    let path = format!("/instances/{}", guest.id);
 
     tower.strike().await;
     assert_eq!(tower.kind_of_last().await, "Standby");
     assert_eq!(guest.inspect().await["state"], "Running");
-    client.post_empty(&format!("{path}/standby")).await.expect(200);
+    guest.standby().await;
     tower.strike().await;
     assert_eq!(tower.kind_of_last().await, "Standby");
     assert_eq!(
@@ -113,7 +141,7 @@ async fn a_schedule_goes_by_the_state_of_its_instance_and_tells_what_failed() {
         "Standby",
         "nobody woke it for that"
     );
-    client.post_empty(&format!("{path}/restore")).await.expect(200);
+    guest.restore().await;
     guest.stop().await;
     tower.strike().await;
     assert_eq!(tower.kind_of_last().await, "Stopped");
@@ -129,7 +157,7 @@ async fn a_schedule_goes_by_the_state_of_its_instance_and_tells_what_failed() {
     );
     assert_eq!(failed["last_snapshot_id"], made[0], "{failed}");
     for snapshot in &made {
-        client.delete(&format!("/snapshots/{snapshot}")).await.expect(204);
+        tower.server.snapshot(snapshot).delete().await;
     }
     client.get(&tower.path).await.refused(404, "not_found");
 
@@ -190,7 +218,7 @@ async fn a_schedule_retires_the_old_and_makes_up_for_what_was_missed_by_one_run(
     }
 
     // The clock was wrong all the time: nothing waits for days.
-    turn(tower.clock.path(), 0);
+    tower.clock.turn(0);
     let soon = jiff::Timestamp::now() + std::time::Duration::from_secs(24 * 3_600);
     eventually("the next run is near", || async {
         let next = tower.schedule().await["next_run_at"].clone();

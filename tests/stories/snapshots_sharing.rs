@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hypeman_tests::{LoopDisk, Server, ServerOptions, eventually, have, hypervisors, skip_unless};
+use hypeman_tests::{
+    Guest, LoopDisk, Server, ServerOptions, eventually, have, hypervisors, or_skip, skip_unless,
+};
 use serde_json::json;
 
 /// Megabytes that the guest writes to its disk: far more than what a snapshot's other parts take.
@@ -49,29 +51,33 @@ fn layers(parent: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// What the guest wrote is what it wrote.
+async fn has_its_noise(guest: &Guest) {
+    let compared = guest.output("md5sum </root/noise | cmp - /root/sum && echo same");
+    assert_eq!(compared.await, "same");
+}
+
 #[tokio::test]
 async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
     skip_unless!(have("busybox"), "needs busybox-static");
     skip_unless!(have("filefrag"), "needs filefrag of e2fsprogs");
     skip_unless!(have("mkfs.xfs"), "needs mkfs.xfs of xfsprogs");
-    let Some(disk) = LoopDisk::mount_sharing(3072) else {
-        skip_unless!(false, "needs root, a loop device and a kernel with XFS");
-        return;
-    };
+    let disk = or_skip!(
+        LoopDisk::mount_sharing(3072),
+        "needs root, a loop device and a kernel with XFS"
+    );
     let server = Server::start_with(ServerOptions {
         data_directory: Some(disk.path().join("d")),
         settings: vec![("limits.min_free_disk", json!("1MB"))],
         ..ServerOptions::default()
     })
     .await;
-    let client = server.client();
     let image = server.busybox().await;
     let data = server.data_directory();
     for hypervisor in hypervisors() {
         let guest = server
             .run(&image, json!({"hypervisor": hypervisor, "overlay_size": "512MB"}))
             .await;
-        let path = format!("/instances/{}", guest.id);
         guest
             .output(&format!(
                 "dd if=/dev/urandom of=/root/noise bs=1M count={WRITTEN} 2>/dev/null; \
@@ -82,13 +88,8 @@ async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
         guest
             .output("sh -c 'while :; do date >>/root/busy; sync; done' >/dev/null 2>&1 </dev/null &")
             .await;
-        let snapshot = client
-            .post(&format!("{path}/snapshots"), &json!({"kind": "Standby"}))
-            .await
-            .expect(201)
-            .json();
-        let id = snapshot["id"].as_str().unwrap();
-        let captured = data.join("snapshots").join(id).join("overlay.raw");
+        let snapshot = guest.capture().await;
+        let captured = data.join("snapshots").join(&snapshot.id).join("overlay.raw");
         let shared = shared_bytes(&captured);
         assert!(
             shared >= WRITTEN << 20,
@@ -96,19 +97,7 @@ async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
         );
 
         guest.output("echo after >/root/note; sync").await;
-        let forks = client
-            .post(
-                &format!("/snapshots/{id}/fork"),
-                &json!({"name": "child", "count": 3}),
-            )
-            .await
-            .expect(201)
-            .json();
-        let mut children = Vec::new();
-        for fork in forks["forks"].as_array().unwrap() {
-            assert!(fork["error"].is_null(), "{fork}");
-            children.push(server.guest(fork["instance"]["id"].as_str().unwrap()));
-        }
+        let children = snapshot.forks(json!({"name": "child", "count": 3})).await;
         let layers = layers(&data.join("instances"));
         assert_eq!(layers.len(), 4, "{layers:?}");
         for layer in &layers {
@@ -119,60 +108,40 @@ async fn where_files_share_blocks_disks_are_multiplied_for_nothing() {
                 layer.display()
             );
         }
-        for (number, child) in children.iter().enumerate() {
+        for (name, child) in &children {
             assert_eq!(child.output("cat /root/note").await, "before");
-            assert_eq!(
-                child
-                    .output("md5sum </root/noise | cmp - /root/sum && echo same")
-                    .await,
-                "same"
-            );
-            child.output(&format!("echo {number} >/root/note; sync")).await;
+            has_its_noise(child).await;
+            child.output(&format!("echo {name} >/root/note; sync")).await;
         }
-        for (number, child) in children.iter().enumerate() {
-            assert_eq!(child.output("cat /root/note").await, number.to_string());
+        for (name, child) in &children {
+            assert_eq!(child.output("cat /root/note").await, *name);
         }
         assert_eq!(guest.output("cat /root/note").await, "after");
 
         // What others share is not the snapshot's own, and what is its own comes back with it.
-        let usage = format!("/snapshots/{id}/usage");
-        let cost = client.get(&usage).await.expect(200).json();
+        let cost = snapshot.usage().await;
         let bytes = |cost: &serde_json::Value, field: &str| cost[field].as_u64().unwrap();
         assert!(bytes(&cost, "shared_bytes") >= WRITTEN << 20, "{cost}");
         assert!(bytes(&cost, "own_bytes") < (WRITTEN << 20) / 2, "{cost}");
 
         // Read back whole: blocks that the guests have written since are not the snapshot's.
-        let verified = client
-            .post_empty(&format!("/snapshots/{id}/verify"))
-            .await
-            .expect(200)
-            .json();
-        assert_eq!(verified["state"], "intact", "{verified}");
+        snapshot.is_intact().await;
         guest.stop().await;
-        client
-            .post(&format!("{path}/snapshots/{id}/restore"), &json!({}))
-            .await
-            .expect(200);
+        guest.go_back(&snapshot, json!({})).await;
         assert_eq!(guest.output("cat /root/note").await, "before");
-        assert_eq!(
-            guest
-                .output("md5sum </root/noise | cmp - /root/sum && echo same")
-                .await,
-            "same"
-        );
-        for child in children {
+        has_its_noise(&guest).await;
+        for (_, child) in children {
             child.delete().await;
         }
         guest.delete().await;
         // Now nobody shares its disk, as soon as the file system has taken the others' back.
         eventually("its disk is its own", || async {
-            let cost = client.get(&usage).await.expect(200).json();
-            bytes(&cost, "own_bytes") >= WRITTEN << 20
+            bytes(&snapshot.usage().await, "own_bytes") >= WRITTEN << 20
         })
         .await;
-        let cost = client.get(&usage).await.expect(200).json();
+        let cost = snapshot.usage().await;
         let before = free(data);
-        client.delete(&format!("/snapshots/{id}")).await.expect(204);
+        snapshot.delete().await;
         let promised = bytes(&cost, "freed_by_delete_bytes");
         eventually("what was promised has come back", || async {
             free(data) + SLACK > before + promised

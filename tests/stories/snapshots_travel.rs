@@ -3,65 +3,33 @@
 use std::path::{Path, PathBuf};
 
 use hypeman_tests::{
-    Client, Guest, LoopDisk, Reply, Server, ServerOptions, encode, eventually, have, mint, skip_unless,
+    Client, Guest, LoopDisk, Reply, Server, ServerOptions, Snapshot, eventually, have, mint, or_skip,
+    skip_unless,
 };
 use reqwest::Method;
 use serde_json::{Value, json};
 
-async fn count(guest: &Guest) -> u64 {
-    // The shell empties the file before it writes to it.
-    let text = guest
-        .output("until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n")
-        .await;
-    text.parse()
-        .unwrap_or_else(|_| panic!("a number instead of {text:?}"))
-}
-
 /// A guest with something in its memory and something on its disk.
 async fn counting(server: &Server) -> Guest {
     let image = server.busybox().await;
-    let guest = server.run(&image, json!({"name": "origin"})).await;
-    guest
-        .output(
-            "sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
-             >/dev/null 2>&1 </dev/null &",
-        )
-        .await;
-    guest.output("echo before > /root/note && sync").await;
-    eventually("it counts", || async {
-        guest.shell("test -s /dev/shm/count").await.exit_code == 0
-    })
-    .await;
-    guest
-}
-
-async fn take(server: &Server, guest: &Guest, body: Value) -> String {
-    let path = format!("/instances/{}/snapshots", guest.id);
-    let snapshot = server.client().post(&path, &body).await.expect(201).json();
-    snapshot["id"].as_str().unwrap().to_owned()
-}
-
-async fn delete(server: &Server, snapshot: &str) {
-    let path = format!("/snapshots/{snapshot}");
-    server.client().delete(&path).await.expect(204);
+    server.counting(&image, json!({"name": "origin"})).await
 }
 
 async fn delete_busybox(server: &Server) {
     let name = format!("{}/stories/busybox:1", server.host());
-    let path = format!("/images/{}", encode(&name));
-    server.client().delete(&path).await.expect(204);
+    server.delete_image(&name).await;
 }
 
-pub(crate) async fn export(server: &Server, snapshot: &str) -> PathBuf {
-    let file = server.scratch().join(format!("{snapshot}.file"));
-    let words = ["snapshot", "export", snapshot, file.to_str().unwrap()];
+pub(crate) async fn export(server: &Server, snapshot: &Snapshot) -> PathBuf {
+    let file = server.scratch().join(format!("{}.file", snapshot.id));
+    let words = ["snapshot", "export", &snapshot.id, file.to_str().unwrap()];
     server.command_line().run(&words).await.ok();
     file
 }
 
-async fn import(server: &Server, file: &Path, name: &str) -> String {
+async fn import(server: &Server, file: &Path, name: &str) -> Snapshot {
     let words = ["snapshot", "import", file.to_str().unwrap(), "--name", name, "-q"];
-    server.command_line().run(&words).await.ok()
+    server.snapshot(&server.command_line().run(&words).await.ok())
 }
 
 pub(crate) async fn import_bytes(client: &Client, bytes: Vec<u8>) -> Reply {
@@ -69,17 +37,11 @@ pub(crate) async fn import_bytes(client: &Client, bytes: Vec<u8>) -> Reply {
     client.send(request).await
 }
 
-async fn intact(server: &Server, snapshot: &str) {
-    let path = format!("/snapshots/{snapshot}/verify");
-    let verified = server.client().post_empty(&path).await.expect(200).json();
-    assert_eq!(verified["state"], "intact", "{verified}");
-}
-
-async fn fork(server: &Server, snapshot: &str, name: &str) -> Guest {
+async fn fork(server: &Server, snapshot: &Snapshot, name: &str) -> Guest {
     let words = [
         "snapshot",
         "fork",
-        snapshot,
+        snapshot.id.as_str(),
         name,
         "--target-state",
         "Running",
@@ -89,12 +51,6 @@ async fn fork(server: &Server, snapshot: &str, name: &str) -> Guest {
     let guest = server.guest(&id);
     guest.wait_for("Running").await;
     guest
-}
-
-async fn goes_on(guest: &Guest, at_least: u64) {
-    let now = count(guest).await;
-    assert!(now >= at_least, "{now} after {at_least}");
-    eventually("it goes on counting", || async { count(guest).await > now }).await;
 }
 
 fn entries(server: &Server, directory: &str) -> Vec<String> {
@@ -118,22 +74,18 @@ async fn a_snapshot_goes_on_where_neither_it_nor_its_image_has_ever_been() {
     let server = Server::start().await;
     let other = Server::start().await;
     let guest = counting(&server).await;
-    let counted = count(&guest).await;
-    let raw = take(&server, &guest, json!({"kind": "Standby", "name": "raw"})).await;
+    let counted = guest.count().await;
+    let raw = guest.take(json!({"kind": "Standby", "name": "raw"})).await;
     let framed = json!({"kind": "Standby", "name": "framed", "compression": {"enabled": true}});
-    let framed = take(&server, &guest, framed).await;
-    eventually("it is compressed", || async {
-        let path = format!("/snapshots/{framed}");
-        server.client().get(&path).await.expect(200).json()["compression_state"] == "compressed"
-    })
-    .await;
+    let framed = guest.take(framed).await;
+    framed.compressed().await;
     guest.stop().await;
     let body = json!({"kind": "Stopped", "name": "cold", "tags": {"team": "stories"}});
-    let stopped = take(&server, &guest, body).await;
+    let stopped = guest.take(body).await;
     let mut files = Vec::new();
-    for id in [&raw, &framed, &stopped] {
-        files.push(export(&server, id).await);
-        delete(&server, id).await;
+    for snapshot in [&raw, &framed, &stopped] {
+        files.push(export(&server, snapshot).await);
+        snapshot.delete().await;
     }
     guest.delete().await;
     delete_busybox(&server).await;
@@ -145,32 +97,27 @@ async fn a_snapshot_goes_on_where_neither_it_nor_its_image_has_ever_been() {
 
     for place in [&server, &other] {
         for (file, name) in files.iter().zip(["raw", "framed", "cold"]) {
-            let id = import(place, file, name).await;
-            let shown = place
-                .client()
-                .get(&format!("/snapshots/{id}"))
-                .await
-                .expect(200)
-                .json();
+            let snapshot = import(place, file, name).await;
+            let shown = snapshot.inspect().await;
             assert_eq!(
                 (&shown["name"], &shown["source_instance_name"]),
                 (&json!(name), &json!("origin")),
                 "{shown}"
             );
-            intact(place, &id).await;
-            let child = fork(place, &id, "child").await;
+            snapshot.is_intact().await;
+            let child = fork(place, &snapshot, "child").await;
             assert_eq!(child.output("cat /root/note; hostname").await, "before\nchild");
             if name == "cold" {
                 assert_eq!(shown["tags"], json!({"team": "stories"}));
                 assert_eq!(child.shell("test -e /dev/shm/count").await.exit_code, 1);
             } else {
-                goes_on(&child, counted).await;
+                child.goes_on(counted).await;
             }
             child.stop().await;
             child.start(json!({})).await;
             assert_eq!(child.output("cat /root/note").await, "before");
             child.delete().await;
-            delete(place, &id).await;
+            snapshot.delete().await;
         }
         nothing_stored(place).await;
         assert_eq!(
@@ -190,8 +137,7 @@ async fn a_root_disk_that_is_here_is_not_stored_twice_and_another_one_is_never_t
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
     let guest = counting(&server).await;
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-    let file = export(&server, &id).await;
+    let file = export(&server, &guest.capture().await).await;
     let before = entries(&server, "images");
     let again = import(&server, &file, "again").await;
     assert_eq!(entries(&server, "images"), before);
@@ -204,18 +150,18 @@ async fn a_root_disk_that_is_here_is_not_stored_twice_and_another_one_is_never_t
     })
     .await;
     other.busybox().await;
-    let id = import(&other, &file, "foreign").await;
+    let foreign = import(&other, &file, "foreign").await;
     assert_eq!(entries(&other, "images").len(), 2);
-    let child = fork(&other, &id, "child").await;
-    goes_on(&child, 1).await;
+    let child = fork(&other, &foreign, "child").await;
+    child.goes_on(1).await;
     assert_eq!(child.output("md5sum < /bin/busybox | wc -c").await, "36");
 
     // What came along travels on.
-    let onwards = take(&other, &child, json!({"kind": "Standby"})).await;
+    let onwards = child.capture().await;
     let file = export(&other, &onwards).await;
-    delete(&other, &onwards).await;
+    onwards.delete().await;
     child.delete().await;
-    delete(&other, &id).await;
+    foreign.delete().await;
     eventually("only the image's own root disk is left", || async {
         entries(&other, "images").len() == 1
     })
@@ -265,9 +211,9 @@ async fn a_file_that_is_not_whole_or_lies_is_refused_and_leaves_nothing() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
     let guest = counting(&server).await;
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-    let whole = std::fs::read(export(&server, &id).await).unwrap();
-    delete(&server, &id).await;
+    let snapshot = guest.capture().await;
+    let whole = std::fs::read(export(&server, &snapshot).await).unwrap();
+    snapshot.delete().await;
     nothing_stored(&server).await;
     let images = entries(&server, "images");
     let length = whole.len();
@@ -327,9 +273,9 @@ async fn a_file_that_is_not_whole_or_lies_is_refused_and_leaves_nothing() {
     };
     let reader = limited(&["snapshot:read", "snapshot:delete"]);
     import_bytes(&reader, Vec::new()).await.expect(403);
-    reader.get(&format!("/snapshots/{id}/export")).await.expect(403);
+    reader.get(&snapshot.path("/export")).await.expect(403);
     let writer = limited(&["snapshot:write"]);
-    writer.get(&format!("/snapshots/{id}/export")).await.expect(404);
+    writer.get(&snapshot.path("/export")).await.expect(404);
 
     // The same bytes, unforged, by standard input.
     let again = server
@@ -337,7 +283,7 @@ async fn a_file_that_is_not_whole_or_lies_is_refused_and_leaves_nothing() {
         .run_with_input(&["snapshot", "import", "-", "-q"], &whole)
         .await
         .ok();
-    intact(&server, &again).await;
+    server.snapshot(&again).is_intact().await;
     guest.delete().await;
 }
 
@@ -350,15 +296,15 @@ async fn an_export_is_whole_though_its_snapshot_is_compressed_and_deleted_meanwh
     guest
         .output("head -c 48000000 /dev/urandom > /dev/shm/noise")
         .await;
-    let counted = count(&guest).await;
+    let counted = guest.count().await;
     let body = json!({"kind": "Standby", "compression": {"enabled": true}});
-    let id = take(&server, &guest, body).await;
+    let snapshot = guest.take(body).await;
     let client = server.client();
-    let request = client.request(Method::GET, &format!("/snapshots/{id}/export"));
+    let request = client.request(Method::GET, &snapshot.path("/export"));
     let mut response = request.send().await.unwrap();
     assert_eq!(response.status(), 200);
     let mut file = response.chunk().await.unwrap().unwrap().to_vec();
-    delete(&server, &id).await;
+    snapshot.delete().await;
     guest.delete().await;
     delete_busybox(&server).await;
     assert_eq!(client.get("/snapshots").await.json(), json!([]));
@@ -371,34 +317,30 @@ async fn an_export_is_whole_though_its_snapshot_is_compressed_and_deleted_meanwh
     })
     .await;
     let imported = import_bytes(client, file).await.expect(201).json();
-    let child = fork(&server, imported["id"].as_str().unwrap(), "child").await;
-    goes_on(&child, counted).await;
+    let imported = server.snapshot(imported["id"].as_str().unwrap());
+    let child = fork(&server, &imported, "child").await;
+    child.goes_on(counted).await;
     child.delete().await;
 
     // Somebody who leaves in the middle keeps nothing alive.
-    let id = imported["id"].as_str().unwrap();
-    let request = client.request(Method::GET, &format!("/snapshots/{id}/export"));
+    let request = client.request(Method::GET, &imported.path("/export"));
     let mut response = request.send().await.unwrap();
     response.chunk().await.unwrap().unwrap();
     drop(response);
-    delete(&server, id).await;
+    imported.delete().await;
     nothing_stored(&server).await;
 }
 
 #[tokio::test]
 async fn an_import_into_a_full_disk_fails_clearly_and_works_later() {
     skip_unless!(have("busybox"), "needs busybox-static");
-    let Some(disk) = LoopDisk::mount(256) else {
-        skip_unless!(false, "needs root and a loop device");
-        return;
-    };
+    let disk = or_skip!(LoopDisk::mount(256), "needs root and a loop device");
     let server = Server::start().await;
     let guest = counting(&server).await;
     guest
         .output("head -c 30000000 /dev/urandom > /dev/shm/noise")
         .await;
-    let id = take(&server, &guest, json!({"kind": "Standby"})).await;
-    let file = export(&server, &id).await;
+    let file = export(&server, &guest.capture().await).await;
     let small = Server::start_with(ServerOptions {
         settings: vec![
             ("limits.min_free_disk", json!("1MB")),
@@ -421,10 +363,10 @@ async fn an_import_into_a_full_disk_fails_clearly_and_works_later() {
         nothing_stored(&small).await;
         std::fs::remove_file(&filler).unwrap();
     }
-    let id = import(&small, &file, "later").await;
-    intact(&small, &id).await;
-    let child = fork(&small, &id, "child").await;
-    goes_on(&child, 1).await;
+    let snapshot = import(&small, &file, "later").await;
+    snapshot.is_intact().await;
+    let child = fork(&small, &snapshot, "child").await;
+    child.goes_on(1).await;
     child.delete().await;
     guest.delete().await;
 }

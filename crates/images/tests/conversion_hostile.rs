@@ -3,6 +3,7 @@
 
 mod conversion_support;
 
+use conversion_support::corpus::sample;
 use conversion_support::*;
 use hypeman_images::layers::{
     Compression, ConvertError, ConvertOptions, EntryProblem, LayerProblem, LayerSource, Limits,
@@ -432,28 +433,6 @@ fn bombs() {
         layer_problem(&[layer(encoder.finish().unwrap())], Limits::default()),
         P::Corrupt(_)
     ));
-}
-
-fn sample() -> Vec<u8> {
-    let mut tar = Tar::default();
-    tar.directory("d")
-        .file("d/f", &[7; 3000])
-        .symlink("s", "d")
-        .hard_link("h", "d/f");
-    tar.pax(&[("mtime", b"5.5"), ("SCHILY.xattr.user.a", b"b")])
-        .file("p", b"pax");
-    tar.pax(&[
-        ("GNU.sparse.major", b"1"),
-        ("GNU.sparse.minor", b"0"),
-        ("GNU.sparse.realsize", b"9000"),
-    ]);
-    let mut body = b"1\n4096\n10\n".to_vec();
-    body.resize(512, 0);
-    body.extend([3; 10]);
-    tar.file("sparse", &body)
-        .file("d/.wh..wh..opq", b"")
-        .file(".wh.gone", b"");
-    tar.end()
 }
 
 proptest! {

@@ -118,6 +118,14 @@ struct Session {
     sink: tokio::sync::Mutex<Option<Sink>>,
 }
 
+impl Session {
+    /// The right to write, for one request at a time.
+    fn write(&self, id: &UploadId) -> Result<tokio::sync::MutexGuard<'_, Option<Sink>>> {
+        let free = self.sink.try_lock();
+        free.map_err(|_| ImageError::Busy(format!("upload {id}")))
+    }
+}
+
 impl BlobStore {
     fn upload_path(&self, id: &UploadId) -> PathBuf {
         self.shared.uploads.join(id.to_string())
@@ -227,10 +235,7 @@ impl BlobStore {
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let session = self.session(id)?;
-        let mut slot = session
-            .sink
-            .try_lock()
-            .map_err(|_| ImageError::Busy(format!("upload {id}")))?;
+        let mut slot = session.write(id)?;
         let sink = self.take_sink(id, &mut slot).await?;
         let start = sink.written();
         session.offset.store(start, Ordering::Relaxed);
@@ -336,10 +341,7 @@ impl BlobStore {
     /// [`ImageError::Io`].
     pub async fn finish_upload(&self, id: &UploadId, digest: &Digest) -> Result<u64> {
         let session = self.session(id)?;
-        let mut slot = session
-            .sink
-            .try_lock()
-            .map_err(|_| ImageError::Busy(format!("upload {id}")))?;
+        let mut slot = session.write(id)?;
         let sink = self.take_sink(id, &mut slot).await?;
         let size = sink.written();
         let outcome = BlobWriter::new(self.clone(), self.upload_path(id), sink, true)
@@ -356,10 +358,7 @@ impl BlobStore {
     /// [`ImageError::NotFound`], [`ImageError::Busy`], [`ImageError::Io`].
     pub async fn cancel_upload(&self, id: &UploadId) -> Result<()> {
         let session = self.session(id)?;
-        let slot = session
-            .sink
-            .try_lock()
-            .map_err(|_| ImageError::Busy(format!("upload {id}")))?;
+        let slot = session.write(id)?;
         drop(slot);
         self.forget_upload(id).await
     }

@@ -20,6 +20,7 @@ mod answer;
 mod auth;
 mod credentials;
 mod helper;
+mod meter;
 mod policy;
 mod progress;
 mod pull;

@@ -1,13 +1,13 @@
 //! Downloading an image's blobs: in parallel, verified while streaming, continued where they broke.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE};
 use reqwest::{Method, Response, StatusCode};
 
-use super::progress::{TransferEvent, TransferObserver};
+use super::meter::Meter;
+use super::progress::TransferObserver;
 use super::session::{Access, Session};
 use super::{Credentials, RegistryClient, Resolved, transport};
 use crate::blobs::{BlobStore, BlobWriter};
@@ -75,18 +75,7 @@ impl RegistryClient {
                 None => blobs.push(layer.clone()),
             }
         }
-        let total = blobs
-            .iter()
-            .fold(0, |total: u64, blob| total.saturating_add(blob.size));
-        let meter = Meter {
-            observer,
-            done: AtomicU64::new(0),
-            total,
-        };
-        observer.event(&TransferEvent::Planned {
-            blobs: blobs.clone(),
-            total,
-        });
+        let meter = Meter::planned(observer, &blobs);
         // The config first: if it does not fit, no layer need be fetched.
         download(&session, store, &blobs[0], &meter).await?;
         let config = ImageConfig::parse(store.read_document(&manifest.config.digest).await?)?;
@@ -127,39 +116,6 @@ pub fn layer_sources(store: &BlobStore, manifest: &Manifest, config: &ImageConfi
         }
     };
     manifest.layers.iter().enumerate().map(source).collect()
-}
-
-/// Adds up progress over all blobs.
-pub(super) struct Meter<'a> {
-    pub(super) observer: &'a dyn TransferObserver,
-    pub(super) done: AtomicU64,
-    pub(super) total: u64,
-}
-
-impl Meter<'_> {
-    /// Reports that a blob went from `before` to `after` bytes.
-    pub(super) fn advance(&self, blob: &Descriptor, before: u64, after: u64) {
-        let total_done = if after >= before {
-            self.done.fetch_add(after - before, Ordering::Relaxed) + (after - before)
-        } else {
-            self.done.fetch_sub(before - after, Ordering::Relaxed) - (before - after)
-        };
-        let (digest, size, total) = (blob.digest, blob.size, self.total);
-        self.observer.event(&TransferEvent::Progress {
-            digest,
-            done: after,
-            size,
-            total_done,
-            total,
-        });
-    }
-
-    pub(super) fn finish(&self, blob: &Descriptor, reused: bool) {
-        self.observer.event(&TransferEvent::Finished {
-            digest: blob.digest,
-            reused,
-        });
-    }
 }
 
 async fn download(session: &Session, store: &BlobStore, blob: &Descriptor, meter: &Meter<'_>) -> Result<()> {

@@ -20,8 +20,8 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, Response, StatusCode, Url};
 
-use super::progress::{TransferEvent, TransferObserver};
-use super::pull::Meter;
+use super::meter::Meter;
+use super::progress::TransferObserver;
 use super::session::{Access, Call, Session};
 use super::{Credentials, RegistryClient};
 use crate::blobs::{BlobStore, blocking};
@@ -121,18 +121,7 @@ impl RegistryClient {
                 }
             }
         }
-        let total = blobs
-            .iter()
-            .fold(0, |total: u64, blob| total.saturating_add(blob.size));
-        let meter = Meter {
-            observer,
-            done: AtomicU64::new(0),
-            total,
-        };
-        observer.event(&TransferEvent::Planned {
-            blobs: blobs.clone(),
-            total,
-        });
+        let meter = Meter::planned(observer, &blobs);
         let sent: Vec<u64> = futures::stream::iter(&blobs)
             .map(|blob| upload(&session, source, blob, &meter))
             .buffer_unordered(self.shared.options.parallel.max(1))

@@ -43,14 +43,7 @@ impl RegistryClient {
         platform: &Platform,
         credentials: Option<&Credentials>,
     ) -> Result<Resolved> {
-        let session = Session::open(
-            self,
-            reference,
-            Access::Pull,
-            credentials,
-            CancellationToken::new(),
-        )
-        .await?;
+        let session = self.reading(reference, credentials).await?;
         let mut document = fetch(&session, reference, &reference.manifest_selector(), None).await?;
         let mut index_digest = None;
         for _ in 0..MAX_INDEX_DEPTH {
@@ -85,19 +78,18 @@ impl RegistryClient {
         Err(ImageError::document("index", "it nests too deeply"))
     }
 
+    /// A session in which documents are read; nobody can cancel it but by dropping its future.
+    async fn reading(&self, reference: &Reference, credentials: Option<&Credentials>) -> Result<Session> {
+        let cancel = CancellationToken::new();
+        Session::open(self, reference, Access::Pull, credentials, cancel).await
+    }
+
     /// The digest that a reference has at the registry now, without fetching the manifest where the registry tells it.
     ///
     /// # Errors
     /// As [`RegistryClient::resolve`].
     pub async fn head(&self, reference: &Reference, credentials: Option<&Credentials>) -> Result<Digest> {
-        let session = Session::open(
-            self,
-            reference,
-            Access::Pull,
-            credentials,
-            CancellationToken::new(),
-        )
-        .await?;
+        let session = self.reading(reference, credentials).await?;
         let mut call = session.get(
             Method::HEAD,
             &format!("manifests/{}", reference.manifest_selector()),

@@ -7,6 +7,8 @@
     clippy::print_stdout
 )]
 
+pub mod corpus;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};

@@ -7,6 +7,7 @@
 )]
 
 mod auth;
+mod bad_days;
 mod distribution;
 mod helpers;
 mod parallel;

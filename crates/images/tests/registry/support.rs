@@ -15,9 +15,33 @@ use hypeman_images::manifest::media_type;
 use hypeman_images::registry::RetryPolicy;
 use hypeman_images::{
     BlobStore, BlobStoreOptions, ClientOptions, Descriptor, Digest, Manifest, Platform, Reference,
-    RegistryClient,
+    RegistryClient, TransferEvent, TransferObserver,
 };
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Keeps what a transfer reports.
+#[derive(Default)]
+pub struct Recorder {
+    pub events: Mutex<Vec<TransferEvent>>,
+    pub cancel: CancellationToken,
+    pub cancel_at: Option<u64>,
+}
+
+impl TransferObserver for Recorder {
+    fn event(&self, event: &TransferEvent) {
+        if let (TransferEvent::Progress { total_done, .. }, Some(limit)) = (event, self.cancel_at)
+            && *total_done >= limit
+        {
+            self.cancel.cancel();
+        }
+        self.events.lock().unwrap().push(event.clone());
+    }
+
+    fn cancellation(&self) -> CancellationToken {
+        self.cancel.clone()
+    }
+}
 
 /// One request as the registry saw it.
 #[derive(Debug, Clone)]

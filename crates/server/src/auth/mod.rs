@@ -10,11 +10,13 @@
 //! - Without a secret every token is invalid; nothing is ever open by accident.
 //! - Registry tokens never open the API; user tokens open the registry within their image scopes.
 
+mod grant;
 mod hs256;
+mod mint;
 mod scope;
 mod token;
 
+pub use grant::{Identity, Permissions, RegistryAccess, RegistryGrant};
+pub use mint::{MintError, mint};
 pub use scope::{ALL, Scope, UnknownScope, parse_list};
-pub use token::{
-    Identity, MintError, Permissions, RegistryAccess, RegistryGrant, TokenError, Verifier, mint,
-};
+pub use token::{TokenError, Verifier};

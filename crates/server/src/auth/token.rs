@@ -1,108 +1,35 @@
-//! Tokens: made offline, verified on every request.
+//! Tokens are verified on every request.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
-use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::{Deserialize, Serialize};
 
-use super::{Scope, hs256};
+use super::{Identity, Permissions, RegistryGrant, hs256};
 
 /// Longest token that is looked at, bytes.
 const MAX_TOKEN: usize = 16 * 1024;
 
 /// Prefix of the subjects of build VMs.
-const BUILDER_SUBJECT: &str = "builder-";
+pub(super) const BUILDER_SUBJECT: &str = "builder-";
 
 /// What a valid token says. Unknown claims are ignored.
 #[derive(Debug, Serialize, Deserialize)]
-struct Claims {
+pub(super) struct Claims {
     #[serde(default)]
-    sub: String,
+    pub(super) sub: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    iat: Option<i64>,
-    exp: i64,
+    pub(super) iat: Option<i64>,
+    pub(super) exp: i64,
     // A double option keeps `null` apart from absence: only absence means full access.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    permissions: Option<Vec<String>>,
+    pub(super) permissions: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    repos: Option<serde_json::Value>,
+    pub(super) repos: Option<serde_json::Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    scope: Option<serde_json::Value>,
+    pub(super) scope: Option<serde_json::Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    build_id: Option<serde_json::Value>,
-}
-
-/// What a token allows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Permissions {
-    /// Everything.
-    Full,
-    /// These scopes.
-    Limited(BTreeSet<String>),
-}
-
-impl Permissions {
-    /// Whether `scope` is allowed.
-    #[must_use]
-    pub fn allow(&self, scope: Scope) -> bool {
-        match self {
-            Self::Full => true,
-            Self::Limited(scopes) => scopes.contains(scope.as_str()),
-        }
-    }
-}
-
-/// The user of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
-    /// Who.
-    pub subject: String,
-    /// What is allowed.
-    pub permissions: Permissions,
-}
-
-/// Who uses the registry.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RegistryGrant {
-    /// A user, within the image scopes.
-    User(Identity),
-    /// A build VM, within its repositories.
-    Builder {
-        /// Repositories that it may use.
-        repositories: BTreeSet<String>,
-        /// Whether it may push.
-        push: bool,
-    },
-}
-
-/// What a registry request wants to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RegistryAccess {
-    /// Read blobs and manifests.
-    Pull,
-    /// Write them.
-    Push,
-    /// Delete them.
-    Delete,
-}
-
-impl RegistryGrant {
-    /// Whether `access` to `repository` is allowed. `None` stands for the base route, which every token may see.
-    #[must_use]
-    pub fn allows(&self, repository: Option<&str>, access: RegistryAccess) -> bool {
-        let Some(repository) = repository else { return true };
-        match self {
-            Self::User(identity) => identity.permissions.allow(match access {
-                RegistryAccess::Pull => Scope::ImageRead,
-                RegistryAccess::Push => Scope::ImageWrite,
-                RegistryAccess::Delete => Scope::ImageDelete,
-            }),
-            Self::Builder { repositories, push } => {
-                repositories.contains(repository) && (access == RegistryAccess::Pull || *push)
-            }
-        }
-    }
+    pub(super) build_id: Option<serde_json::Value>,
 }
 
 /// Why a token was refused. Displays as the contract's message.
@@ -250,66 +177,14 @@ fn basic_user(header: &[u8]) -> Option<String> {
     decoded.split_once(':').map(|(user, _)| user.to_owned())
 }
 
-/// Why a token could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum MintError {
-    /// The server has no secret.
-    #[error("the JWT secret is empty; set jwt_secret in the configuration first")]
-    NoSecret,
-    /// The subject is one that the API refuses.
-    #[error("the user id must not be empty or begin with {BUILDER_SUBJECT:?}")]
-    Subject,
-    /// The lifetime does not fit a time.
-    #[error("the duration must be at least a second and fit the calendar")]
-    Duration,
-    /// Signing failed.
-    #[error("the token could not be signed: {0}")]
-    Sign(#[from] jsonwebtoken::errors::Error),
-}
-
-/// Makes a token for `user` that is valid for `duration`, limited to `scopes`; `None` allows everything.
-///
-/// # Errors
-/// When the secret is empty, or the user or the duration cannot be used.
-pub fn mint(
-    secret: &str,
-    user: &str,
-    duration: Duration,
-    scopes: Option<&[Scope]>,
-) -> Result<String, MintError> {
-    if secret.is_empty() {
-        return Err(MintError::NoSecret);
-    }
-    if user.is_empty() || user.starts_with(BUILDER_SUBJECT) {
-        return Err(MintError::Subject);
-    }
-    let now = jiff::Timestamp::now().as_second();
-    let lifetime = i64::try_from(duration.as_secs())
-        .ok()
-        .filter(|seconds| *seconds > 0)
-        .ok_or(MintError::Duration)?;
-    let claims = Claims {
-        sub: user.to_owned(),
-        iat: Some(now),
-        exp: now.checked_add(lifetime).ok_or(MintError::Duration)?,
-        permissions: scopes.map(|scopes| scopes.iter().map(|scope| scope.as_str().to_owned()).collect()),
-        repos: None,
-        scope: None,
-        build_id: None,
-    };
-    hs256::install();
-    Ok(jsonwebtoken::encode(
-        &Header::new(Algorithm::HS256),
-        &claims,
-        &EncodingKey::from_secret(secret.as_bytes()),
-    )?)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use base64::Engine as _;
     use serde_json::json;
 
+    use super::super::{RegistryAccess, Scope, mint};
     use super::*;
 
     const SECRET: &str = "a secret of tests";
@@ -370,30 +245,6 @@ mod tests {
         let identity = verify(&format!("Bearer {limited}")).unwrap();
         assert!(identity.permissions.allow(Scope::InstanceRead));
         assert!(!identity.permissions.allow(Scope::InstanceWrite));
-    }
-
-    #[test]
-    fn unusable_requests_for_tokens_are_refused() {
-        assert!(matches!(
-            mint("", "ann", Duration::from_secs(60), None),
-            Err(MintError::NoSecret)
-        ));
-        assert!(matches!(
-            mint(SECRET, "", Duration::from_secs(60), None),
-            Err(MintError::Subject)
-        ));
-        assert!(matches!(
-            mint(SECRET, "builder-1", Duration::from_secs(60), None),
-            Err(MintError::Subject)
-        ));
-        assert!(matches!(
-            mint(SECRET, "ann", Duration::ZERO, None),
-            Err(MintError::Duration)
-        ));
-        assert!(matches!(
-            mint(SECRET, "ann", Duration::MAX, None),
-            Err(MintError::Duration)
-        ));
     }
 
     #[test]

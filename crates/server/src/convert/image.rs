@@ -52,12 +52,7 @@ fn split_variable(entry: &str) -> (String, String) {
 /// # Errors
 /// `invalid_platform` or `invalid_request`.
 pub fn to_engine(request: api::CreateImageRequest) -> ApiResult<CreateImage> {
-    let platform = request
-        .platform
-        .as_deref()
-        .map(Platform::parse)
-        .transpose()?
-        .map(|platform| platform.to_string());
+    let platform = platform(request.platform.as_deref())?;
     tags::check(&request.tags)?;
     Ok(CreateImage {
         name: request.name,
@@ -65,6 +60,12 @@ pub fn to_engine(request: api::CreateImageRequest) -> ApiResult<CreateImage> {
         credentials: request.credentials.as_ref().and_then(credentials),
         tags: request.tags,
     })
+}
+
+/// A platform, where one is asked for, as the engine knows it.
+pub(super) fn platform(text: Option<&str>) -> ApiResult<Option<String>> {
+    let parsed = text.map(Platform::parse).transpose()?;
+    Ok(parsed.map(|platform| platform.to_string()))
 }
 
 /// Credentials, unless all of them are empty: then the server's own are used.

@@ -104,7 +104,7 @@ pub fn to_api(instance: &Instance, now: Timestamp) -> api::Instance {
                 )
             })
             .collect::<BTreeMap<_, _>>(),
-        snapshot_policy: record.snapshot_policy.map(super::snapshot::policy_to_api),
+        snapshot_policy: record.snapshot_policy.map(super::compression::policy_to_api),
         auto_standby: None,
         health_check: None,
         health_status: None,

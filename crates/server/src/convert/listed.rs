@@ -13,8 +13,9 @@ use hypeman_engine::{CompressionState, ListedSnapshot};
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
+use super::compression;
 use super::instance::hypervisor_to_api;
-use super::snapshot::{compression_of, kind_to_api, signed};
+use super::snapshot::{kind_to_api, signed};
 
 /// Bytes after which a piece ends.
 const PIECE: usize = 128 << 10;
@@ -84,7 +85,8 @@ impl<'a> Written<'a> {
             source_hypervisor: hypervisor_to_api(summary.source_hypervisor),
             created_at: summary.created_at,
             size_bytes: signed(summary.size_bytes),
-            compression: memory.and_then(|memory| compression_of(memory.compression, &listed.compression)),
+            compression: memory
+                .and_then(|memory| compression::of_memory(memory.compression, &listed.compression)),
             compression_state: memory.map(|_| state),
             compression_error: match &listed.compression {
                 CompressionState::Error { reason } => Some(reason),
@@ -138,7 +140,7 @@ mod tests {
     use hypeman_engine::SnapshotSummary;
     use serde_json::{Value, json};
 
-    use super::super::snapshot::tests::record;
+    use super::super::samples::record;
     use super::super::snapshot::to_api;
     use super::*;
 

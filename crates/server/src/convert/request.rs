@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use hypeman_api::error::code;
 use hypeman_api::instance as api;
 use hypeman_api::policy::{AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy};
-use hypeman_core::platform::Platform;
 use hypeman_core::{bandwidth, duration, name, rate, size, tags, time};
 use hypeman_engine::{CreateInstance, Expiry, InstanceUpdate, NetworkRequest, StartOverrides};
 use jiff::Timestamp;
 
+use super::compression;
+use super::image::platform;
 use super::instance::hypervisor_to_engine;
-use super::snapshot;
 use crate::error::{ApiError, ApiResult};
 
 const DEFAULT_SIZE: &str = "1GB";
@@ -30,12 +30,7 @@ pub fn create(request: api::CreateInstanceRequest, now: Timestamp) -> ApiResult<
         return Err(ApiError::schema("image is required"));
     }
     refuse_unsupported(&request)?;
-    let platform = request
-        .platform
-        .as_deref()
-        .map(Platform::parse)
-        .transpose()?
-        .map(|platform| platform.to_string());
+    let platform = platform(request.platform.as_deref())?;
     let memory_bytes = size::parse(request.size.as_deref().unwrap_or(DEFAULT_SIZE))
         .map_err(|error| error.in_field("size"))?;
     let hotplug_bytes = match request.hotplug_size.as_deref() {
@@ -64,7 +59,7 @@ pub fn create(request: api::CreateInstanceRequest, now: Timestamp) -> ApiResult<
     check_command("entrypoint", request.entrypoint.as_deref())?;
     check_command("cmd", request.cmd.as_deref())?;
     tags::check(&request.tags)?;
-    let snapshot_policy = snapshot::policy(request.snapshot_policy.as_ref())?;
+    let snapshot_policy = compression::policy(request.snapshot_policy.as_ref())?;
     Ok(CreateInstance {
         name: request.name,
         image: request.image,

@@ -8,7 +8,7 @@ use hypeman_core::id::is_id;
 use hypeman_engine::{Engine, EngineError};
 
 use super::{PathId, path_text, resolve};
-use crate::convert::snapshot as convert;
+use crate::convert::schedule as convert;
 use crate::error::ApiResult;
 use crate::extract::JsonBody;
 use crate::state::AppState;
@@ -21,7 +21,7 @@ use crate::state::AppState;
 pub async fn get(State(state): State<AppState>, id: PathId) -> ApiResult<Json<api::SnapshotSchedule>> {
     let id = owner(&state.engine, path_text(id)?)?;
     let schedule = state.engine.get_schedule(&id).await?;
-    Ok(Json(convert::schedule_to_api(schedule)))
+    Ok(Json(convert::to_api(schedule)))
 }
 
 /// Sets or changes the schedule of an instance. Only another interval changes when it runs next.
@@ -36,8 +36,8 @@ pub async fn set(
     JsonBody(body): JsonBody<api::SetSnapshotScheduleRequest>,
 ) -> ApiResult<Json<api::SnapshotSchedule>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
-    let schedule = state.engine.set_schedule(&id, convert::schedule(body)?).await?;
-    Ok(Json(convert::schedule_to_api(schedule)))
+    let schedule = state.engine.set_schedule(&id, convert::to_engine(body)?).await?;
+    Ok(Json(convert::to_api(schedule)))
 }
 
 /// Ends the schedule of an instance. Its snapshots stay.

@@ -16,7 +16,7 @@ use hypeman_vmm::VmmError;
 use jiff::Timestamp;
 
 use super::{PathId, PathIds, path_text, path_texts, resolve};
-use crate::convert::{instance, listed, snapshot as convert};
+use crate::convert::{fork as forks, instance, listed, snapshot as convert};
 use crate::error::{ApiError, ApiResult};
 use crate::extract::{JsonBody, Params, TagFilter};
 use crate::state::AppState;
@@ -65,7 +65,7 @@ pub async fn restore(
     let id = resolve(&state.engine, &id)?;
     let restored = state
         .engine
-        .restore_snapshot(&id, &snapshot, convert::restore(body))
+        .restore_snapshot(&id, &snapshot, forks::restore(body))
         .await;
     let restored = restored.map_err(|error| refused(error, code::INVALID_STATE))?;
     Ok(Json(instance::to_api(&restored, Timestamp::now())))
@@ -131,7 +131,7 @@ pub async fn fork(
 ) -> ApiResult<(StatusCode, Json<api::ForkResponse>)> {
     let id = path_text(id)?;
     let several = body.count.is_some();
-    let request = convert::fork_snapshot(body)?;
+    let request = forks::of_snapshot(body)?;
     let describe = |error| match error {
         // The contract knows one code for whatever is taken here.
         EngineError::ForkNameConflict(_) => ApiError::from(error).with_code(code::CONFLICT),
@@ -161,7 +161,7 @@ pub(super) fn forked(
     let response = if several {
         let forks = outcomes
             .into_iter()
-            .map(|outcome| convert::fork_result(outcome.name, outcome.result.map(shown).map_err(&describe)))
+            .map(|outcome| forks::result(outcome.name, outcome.result.map(shown).map_err(&describe)))
             .collect();
         api::ForkResponse::Several(api::ForkResults { forks })
     } else {

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::snapshots::{forked, refused};
 use super::{PathId, path_text, resolve};
-use crate::convert::{instance, snapshot as convert};
+use crate::convert::{fork as forks, instance, snapshot};
 use crate::error::ApiResult;
 use crate::extract::{JsonBody, OptionalJsonBody};
 use crate::state::AppState;
@@ -29,7 +29,7 @@ pub async fn standby(
     OptionalJsonBody(body): OptionalJsonBody<api::StandbyInstanceRequest>,
 ) -> ApiResult<Json<Instance>> {
     let id = resolve(&state.engine, &path_text(id)?)?;
-    let request = convert::standby(&body.unwrap_or_default())?;
+    let request = snapshot::standby(&body.unwrap_or_default())?;
     let suspended = state.engine.standby_instance(&id, request).await;
     let suspended = suspended.map_err(|error| refused(error, code::INVALID_STATE))?;
     Ok(Json(instance::to_api(&suspended, Timestamp::now())))
@@ -66,7 +66,7 @@ pub async fn fork(
 ) -> ApiResult<(StatusCode, Json<api::ForkResponse>)> {
     let id = resolve(&state.engine, &path_text(id)?)?;
     let several = body.count.is_some();
-    let request = convert::fork_instance(body)?;
+    let request = forks::of_instance(body)?;
     let describe = |error| refused(error, code::INVALID_STATE);
     let outcomes = state.engine.fork_instance(&id, request).await.map_err(describe)?;
     forked(outcomes, several, describe)

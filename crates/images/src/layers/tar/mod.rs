@@ -12,9 +12,11 @@
 //!   zero block, zero block, zeros to the end of the stream
 //! ```
 
+mod entry;
 mod header;
 mod pax;
 mod reader;
 mod sparse;
 
-pub(crate) use reader::{Entry, Kind, Piece, TarError, TarReader};
+pub(crate) use entry::{Entry, Kind, Piece, TarError};
+pub(crate) use reader::TarReader;

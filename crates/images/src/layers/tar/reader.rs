@@ -1,72 +1,18 @@
 //! From a stream of bytes to entries and pieces of their content.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead};
+use std::io::BufRead;
 
 use hypeman_erofs::Xattr;
 
 use super::super::error::EntryProblem;
 use super::super::limits::Limits;
-use super::header::{BLOCK, Header, size};
-use super::pax::{Pax, PaxSparse, decimal};
+use super::entry::{Entry, Kind, Piece, TarError};
+use super::header::{BLOCK, Header};
+use super::pax::Pax;
 use super::sparse::{self, Part};
 
-/// What kind of node an entry describes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    File,
-    HardLink,
-    Symlink,
-    CharacterDevice { major: u64, minor: u64 },
-    BlockDevice { major: u64, minor: u64 },
-    Directory,
-    Fifo,
-}
-
-/// One entry of an archive, its names as they are written there.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) name: Vec<u8>,
-    pub(crate) kind: Kind,
-    /// Target of a link.
-    pub(crate) link: Vec<u8>,
-    pub(crate) mode: u16,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) mtime: i64,
-    pub(crate) mtime_nanoseconds: u32,
-    /// Size of the file, holes included.
-    pub(crate) size: u64,
-    /// Whether the archive has it as a sparse file.
-    pub(crate) sparse: bool,
-    pub(crate) xattrs: Vec<Xattr>,
-}
-
-/// A part of a file's content.
-#[derive(Debug)]
-pub(crate) enum Piece<'a> {
-    Data(&'a [u8]),
-    Hole(u64),
-}
-
-/// Why an archive could not be read on.
-#[derive(Debug)]
-pub(crate) enum TarError {
-    /// The stream below failed.
-    Stream(io::Error),
-    /// The stream ends between the headers of one entry.
-    Truncated,
-    /// Something follows the end of the archive.
-    TrailingData,
-    /// An entry, as far as it could be named.
-    Entry { name: Vec<u8>, problem: EntryProblem },
-}
-
-impl From<io::Error> for TarError {
-    fn from(error: io::Error) -> Self {
-        Self::Stream(error)
-    }
-}
+mod maps;
 
 /// Reads one archive.
 pub(crate) struct TarReader<'l, R> {
@@ -392,110 +338,6 @@ impl<'l, R: BufRead> TarReader<'l, R> {
                 .collect(),
         })
     }
-
-    /// GNU's first format: four parts in the header, more in blocks between it and the data.
-    fn old_sparse_map(&mut self, header: &Header<'_>) -> Result<u64, TarError> {
-        let (table, mut more, real_size) = header.old_sparse();
-        self.parts.clear();
-        self.old_sparse_parts(table)?;
-        while more {
-            let mut block = [0; BLOCK];
-            if self.read_block(&mut block)? < BLOCK {
-                return Err(self.problem(EntryProblem::Truncated));
-            }
-            self.old_sparse_parts(&block[..504])?;
-            more = block[504] != 0;
-        }
-        real_size.map_err(|problem| self.problem(problem))
-    }
-
-    fn old_sparse_parts(&mut self, table: &[u8]) -> Result<(), TarError> {
-        for entry in table.chunks_exact(24) {
-            if entry[0] == 0 {
-                break;
-            }
-            let field = |range: std::ops::Range<usize>| {
-                size(&entry[range], "sparse map").map_err(|problem| self.problem(problem))
-            };
-            let part = Part {
-                offset: field(0..12)?,
-                length: field(12..24)?,
-            };
-            self.push_part(part)?;
-        }
-        Ok(())
-    }
-
-    fn pax_sparse_map(&mut self, sparse: PaxSparse) -> Result<u64, TarError> {
-        let fault = |text| EntryProblem::SparseMap(text);
-        let real_size = sparse
-            .real_size
-            .ok_or_else(|| self.problem(fault("the full size is missing")))?;
-        match sparse.version {
-            None | Some((0, 0 | 1)) => {
-                if sparse
-                    .announced_parts
-                    .is_some_and(|count| count != sparse.parts.len() as u64)
-                {
-                    return Err(self.problem(fault("its number of parts is wrong")));
-                }
-                self.parts = sparse.parts.into();
-            }
-            Some((1, 0)) => {
-                self.parts.clear();
-                let mut map = MapText {
-                    block: [0; BLOCK],
-                    at: BLOCK,
-                };
-                let count = self.map_number(&mut map)?;
-                for _ in 0..count {
-                    let offset = self.map_number(&mut map)?;
-                    let length = self.map_number(&mut map)?;
-                    self.push_part(Part { offset, length })?;
-                }
-            }
-            Some(_) => return Err(self.problem(fault("its version is not known"))),
-        }
-        Ok(real_size)
-    }
-
-    fn push_part(&mut self, part: Part) -> Result<(), TarError> {
-        if self.parts.len() >= self.limits.sparse_parts {
-            return Err(self.problem(EntryProblem::SparseMap("it has too many parts")));
-        }
-        self.parts.push_back(part);
-        Ok(())
-    }
-
-    /// The next line of a 1.0 map, which fills whole blocks at the start of the stored data.
-    fn map_number(&mut self, map: &mut MapText) -> Result<u64, TarError> {
-        let mut digits = Vec::new();
-        loop {
-            if map.at == BLOCK {
-                if self.stored < BLOCK as u64 || self.read_block(&mut map.block)? < BLOCK {
-                    return Err(self.problem(EntryProblem::SparseMap("it is cut short")));
-                }
-                self.stored -= BLOCK as u64;
-                map.at = 0;
-            }
-            let byte = map.block[map.at];
-            map.at += 1;
-            if byte == b'\n' {
-                let number = decimal(&digits);
-                return number.ok_or_else(|| self.problem(EntryProblem::SparseMap("a number is malformed")));
-            }
-            digits.push(byte);
-            if digits.len() > 20 {
-                return Err(self.problem(EntryProblem::SparseMap("a number is malformed")));
-            }
-        }
-    }
-}
-
-/// The block of a 1.0 map that is being read.
-struct MapText {
-    block: [u8; BLOCK],
-    at: usize,
 }
 
 impl Preface {
