@@ -9,7 +9,10 @@ use crate::files::{self, Workspace};
 use crate::index::{self, Entry, Index};
 use crate::layout::{INDEX, MEMO, RAW, bytes, bytes_of, chunk_offset, directory, runs};
 use crate::store::Shared;
-use crate::{MemoryId, Result, memo};
+use crate::{MemoryId, Result, memo, writeback};
+
+/// Chunks that are given to the disk together, 4 MiB, while later ones are still read.
+const BEGUN_AT_ONCE: u32 = 16;
 
 /// An unfinished image. It goes with this value, unless it is finished.
 pub(crate) struct Draft<'a> {
@@ -65,6 +68,10 @@ impl<'a> Draft<'a> {
             self.raw
                 .write_all_at(&content[range], offset)
                 .map_err(at("write", &self.path))?;
+        }
+        if chunk % BEGUN_AT_ONCE == BEGUN_AT_ONCE - 1 {
+            let first = chunk_offset(chunk + 1 - BEGUN_AT_ONCE);
+            writeback::begin(&self.raw, first..chunk_offset(chunk + 1));
         }
         Ok(Entry {
             chunk,

@@ -57,6 +57,7 @@ mod sweep;
 mod usage;
 mod verify;
 mod working_set;
+mod writeback;
 
 pub use blake3::Hash as Digest;
 pub use capture::{Captured, Elsewhere, MemorySource};
