@@ -148,6 +148,15 @@ pub(super) struct Run {
     pub(super) failure: Option<String>,
 }
 
+/// What a driver still does after an answer, before it takes the next request.
+#[derive(Debug)]
+pub(super) enum Owed {
+    /// Record and journal do not say yet what was done.
+    Books,
+    /// An instance went to standby, and its machine is still to be ended.
+    End(Arc<dyn Machine>),
+}
+
 /// The task's state. Its methods are spread over `boot`, `shutdown` and this file.
 #[derive(Debug)]
 pub(super) struct Driver {
@@ -165,8 +174,8 @@ pub(super) struct Driver {
     /// Whether the machine waits for space.
     stall: Stall,
     unsaved: bool,
-    /// Carried out and answered; record and journal do not say so yet.
-    pub(super) owes_settling: bool,
+    /// What is left to do of a command that was answered.
+    pub(super) owed: Option<Owed>,
 }
 
 enum Wake {
@@ -211,7 +220,7 @@ pub(super) fn prepare(
             last_image: None,
             stall: Stall::No,
             unsaved: false,
-            owes_settling: false,
+            owed: None,
         },
         receiver,
     )
@@ -253,7 +262,7 @@ impl Driver {
                     if gone {
                         return;
                     }
-                    self.settle_what_is_owed().await;
+                    self.give_what_is_owed().await;
                 }
                 Wake::Link(event) => self.on_link(event).await,
                 Wake::MachineGone => self.finish_run(None).await,
@@ -613,11 +622,13 @@ impl Driver {
             .await
     }
 
-    /// Finishes the books of an operation whose answer need not wait for that: a crash before leaves its intent, which
-    /// recovery finishes to the same end.
-    async fn settle_what_is_owed(&mut self) {
-        if std::mem::take(&mut self.owes_settling) {
-            self.settle().await;
+    /// Finishes an operation whose answer need not wait for that: a crash before leaves its intent, which recovery
+    /// finishes to the same end.
+    async fn give_what_is_owed(&mut self) {
+        match self.owed.take() {
+            Some(Owed::Books) => self.settle().await,
+            Some(Owed::End(machine)) => self.end_left(&machine).await,
+            None => {}
         }
     }
 

@@ -1,8 +1,8 @@
 //! Standby and back: the guest's memory and devices go to disk, its machine goes away; later both return.
 //!
 //! ```text
-//!  standby:  journal, beside it ─┬─► pause ─► devices, memory image ─► manifest ─► COMMIT ─► kill, detach ─► answer
-//!            hold the workload ──┘                                        │                           └─► cleared
+//!  standby:  journal, beside it ─┬─► pause ─► devices, memory image ─► manifest ─► COMMIT ─► answer ─► kill,
+//!            hold the workload ──┘                                        │                  detach, journal cleared
 //!               └──────── failure or crash: the guest goes on ────────────┘      └── crash: finished at the next start
 //!
 //!  wake:     journal, beside it ─────┬─► TAP ─► VMM, paused ─► COMMIT ─► resume ─► agent ─► answer ─► cleared
@@ -27,7 +27,7 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 
 use super::boot::{guest_config, kill, machine_spec};
-use super::driver::{Driver, Operation, Run};
+use super::driver::{Driver, Operation, Owed, Run};
 use super::link::{Link, Welcome};
 use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
@@ -68,7 +68,10 @@ impl Driver {
         let held = self.begin_held(Operation::Standby, "standby.recorded").await?;
         faults::point("standby.held");
         match self.suspend(&machine, compression, delay).await {
-            Ok((changed, hold)) => self.leave(&machine, changed, hold).await,
+            Ok((changed, hold)) => {
+                self.leave(machine, changed, hold);
+                Ok(())
+            }
             Err(error) => {
                 self.log.line(&format!("standby failed: {error}"));
                 match machine.resume().await {
@@ -170,42 +173,33 @@ impl Driver {
         Ok((devices?, kept?))
     }
 
-    /// The state is safe: the machine may go.
-    async fn leave(
-        &mut self,
-        machine: &Arc<dyn Machine>,
-        changed: InstanceRecord,
-        hold: Hold,
-    ) -> Result<(), EngineError> {
+    /// The state is safe: the machine may go. Paused as it is it does nothing any more, so nobody waits for its end but
+    /// whoever wants something of the instance next.
+    fn leave(&mut self, machine: Arc<dyn Machine>, changed: InstanceRecord, hold: Hold) {
         self.record = changed;
         self.memory = Some(hold);
-        kill(machine).await?;
-        self.detach_standby().await;
-        self.owes_settling = true;
-        self.announce_standby();
-        Ok(())
+        self.reach_standby();
+        self.owed = Some(Owed::End(machine));
     }
 
-    /// Cleans up behind a machine whose state is committed: what recovery does after a crash.
+    /// Ends the machine that an instance in standby has left.
+    pub(super) async fn end_left(&mut self, machine: &Arc<dyn Machine>) {
+        while let Err(error) = kill(machine).await {
+            // Its disk is not the instance's before that. A server that closes leaves it to the next one.
+            tracing::error!(instance = %self.record.id, %error, "the machine that was left does not end");
+            if self.shared.closing.is_cancelled() {
+                return;
+            }
+        }
+        self.finish_standby().await;
+    }
+
+    /// Cleans up behind a machine that has ended and whose state is committed. Also what recovery does after a crash.
     pub(super) async fn finish_standby(&mut self) {
-        self.detach_standby().await;
-        self.settle().await;
-        self.announce_standby();
-    }
-
-    async fn detach_standby(&mut self) {
-        self.run = None;
-        self.last_image = None;
-        self.slot.live.set_client(None);
-        self.slot.live.set_machine(None);
         self.detach().await;
         faults::point("standby.detached");
-        self.record.run = None;
-        self.record.stopped_at = Some(Timestamp::now());
-        self.observe(&Observation::StandbyReached);
-    }
-
-    fn announce_standby(&mut self) {
+        self.reach_standby();
+        self.settle().await;
         self.log.line("in standby");
         if let Some(standby) = &self.record.standby {
             self.shared
@@ -215,7 +209,17 @@ impl Driver {
         self.publish();
     }
 
-    /// Brings an instance back from standby. Its journal entry is owed: see [`Driver::settle_what_is_owed`].
+    fn reach_standby(&mut self) {
+        self.run = None;
+        self.last_image = None;
+        self.slot.live.set_client(None);
+        self.slot.live.set_machine(None);
+        self.record.run = None;
+        self.record.stopped_at.get_or_insert_with(Timestamp::now);
+        self.observe(&Observation::StandbyReached);
+    }
+
+    /// Brings an instance back from standby. Its journal entry is owed: see [`Driver::give_what_is_owed`].
     /// `ready`: its state was examined already.
     pub(super) async fn restore(&mut self, ready: Option<Loadable>) -> Result<(), EngineError> {
         permit(&self.lifecycle, Command::Restore)?;
@@ -242,7 +246,7 @@ impl Driver {
         }
         self.go_on().await?;
         // Of a fork its creation stores the outcome: nobody is told of what a crash could still undo.
-        self.owes_settling = intent == Intent::Unrecorded;
+        self.owed = (intent == Intent::Unrecorded).then_some(Owed::Books);
         Ok(())
     }
 
