@@ -342,6 +342,12 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
         true
     }
 
+    /// Whether all connections to the guest have ended without a word to this side, since this was asked the last time:
+    /// some VMMs tell their guest so with each device state that they give.
+    fn connections_have_ended(&self) -> bool {
+        false
+    }
+
     /// The state of all devices and processors of a paused machine. Guest memory is not in it; from the end of this
     /// call until [`Machine::resume`] nothing changes it.
     async fn save_devices(&self) -> Result<Vec<u8>, VmmError>;

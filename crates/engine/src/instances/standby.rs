@@ -39,7 +39,7 @@ use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, Standb
 use crate::{EngineError, durable, faults};
 
 /// How long a restore waits for the guest's agent before it answers with what is so far.
-const AGENT_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a copy may take to confirm who it is now.
 const IDENTITY_PATIENCE: Duration = Duration::from_secs(60);
 

@@ -12,10 +12,13 @@
 //! the same: a copy of it cannot act on the network before it was told who it is, for the bridge lets nothing of it
 //! pass, but its workload may run for some milliseconds before that.
 
+use std::sync::Arc;
+
 use hypeman_guest_api::ChannelError;
 use hypeman_guest_api::host::GuestClient;
 
 use super::driver::{Driver, Operation};
+use super::standby::AGENT_PATIENCE;
 use crate::{EngineError, faults};
 
 /// A workload that stands still, to be let go by [`Driver::let_go`].
@@ -79,11 +82,31 @@ impl Driver {
 
     /// Lets the workload of a guest go on whose machine runs again.
     pub(super) async fn let_go(&mut self, held: Held) {
+        let run = self.run.as_ref();
+        if run.is_some_and(|run| run.machine.connections_have_ended()) {
+            return self.reach_anew().await;
+        }
         let Held(Some(client)) = held else { return };
         if let Err(error) = client.thaw().await {
             self.log.line(&format!("thaw: {error}"));
             // The next connection thaws it.
             client.close();
         }
+    }
+
+    /// Connects to a guest whose connections have ended, which is no news of the guest: it is thawed by the new one.
+    async fn reach_anew(&mut self) {
+        let Ok(image) = self.shared.images.bootable(&self.record.image_digest) else {
+            return;
+        };
+        let Some(machine) = self.run.as_ref().map(|run| Arc::clone(&run.machine)) else {
+            return;
+        };
+        let link = self.link_to(&machine, &image, false, true);
+        if let Some(run) = &mut self.run {
+            run.link = link;
+        }
+        self.slot.live.set_client(None);
+        self.await_agent(AGENT_PATIENCE).await;
     }
 }

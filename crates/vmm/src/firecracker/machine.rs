@@ -43,6 +43,8 @@ pub(super) struct FirecrackerMachine {
     hold: Mutex<Option<Hold>>,
     /// It stands still and its guest does not know: no device state was taken since.
     paused_unnoticed: AtomicBool,
+    /// The guest was told that its connections end, and nobody here.
+    disconnected: AtomicBool,
     killed: AtomicBool,
     jail: Option<JailReport>,
 }
@@ -67,6 +69,7 @@ impl FirecrackerMachine {
             workload_log,
             hold: Mutex::new(None),
             paused_unnoticed: AtomicBool::new(false),
+            disconnected: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             jail: None,
         }
@@ -195,11 +198,16 @@ impl Machine for FirecrackerMachine {
         false
     }
 
+    fn connections_have_ended(&self) -> bool {
+        self.disconnected.swap(false, Ordering::AcqRel)
+    }
+
     async fn save_devices(&self) -> Result<Vec<u8>, VmmError> {
         let mut held = self.hold.lock().await;
         if let Some(hold) = held.take() {
             hold.release().await;
         }
+        self.disconnected.store(true, Ordering::Release);
         let (state, hold) = hold::save(&self.client, &self.files).await?;
         *held = Some(hold);
         self.paused_unnoticed.store(false, Ordering::Release);
