@@ -18,9 +18,10 @@ use hypeman_vmm::{Disk, IoLimit, Machine, MachineSpec, MemoryBacking, Nic, VmmEr
 use jiff::Timestamp;
 
 use super::disks::{create_overlay, sync_overlay};
-use super::driver::{Driver, Operation, Run};
+use super::driver::{Driver, Run};
 use super::link::{Link, Welcome};
 use super::model::{InstanceRecord, RunRecord};
+use super::request::Operation;
 use crate::durable;
 use crate::images::RuntimeConfig;
 use crate::layout::make_private;

@@ -21,7 +21,8 @@ use hypeman_vmm::{CopyRoom, DiskCopies, DiskCopy, GuestMemory, Machine, StateIde
 use jiff::Timestamp;
 
 use super::disks;
-use super::driver::{Driver, Operation};
+use super::driver::Driver;
+use super::request::Operation;
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
 use crate::snapshots::state::{self, Facts};

@@ -11,8 +11,9 @@ use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::disks::MIN_OVERLAY_BYTES;
-use super::driver::{self, Operation, Request};
+use super::driver;
 use super::model::{CreateInstance, Instance, InstanceRecord, NetworkRecord, NetworkRequest};
+use super::request::{Operation, Request};
 use crate::events::EventKind;
 use crate::options::Limits;
 use crate::shared::Shared;

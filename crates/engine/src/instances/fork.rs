@@ -16,9 +16,10 @@ use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::create;
-use super::driver::{self, Driver, Operation, Request};
+use super::driver::{self, Driver};
 use super::loadable::{Diligence, Parts};
 use super::model::{Instance, InstanceRecord, NetworkRequest};
+use super::request::{Operation, Request};
 use super::rewind::Target;
 use super::standby::Intent;
 use crate::layout::make_private;

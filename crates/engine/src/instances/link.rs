@@ -11,7 +11,8 @@
 //! told the time, or, being a copy, who it is now.
 //!
 //! In systemd mode the agent is a process that can die while the machine runs on. The VMM tells at once that nobody
-//! holds the agent's port open any more; pings find an agent that is there and does not get on.
+//! holds the agent's port open any more, or the guest's kernel does where the way there is vsock; pings find an agent
+//! that is there and does not get on.
 
 use std::io;
 use std::sync::Arc;
@@ -200,6 +201,12 @@ impl Guest {
             .is_some_and(|port| *port.borrow() == Some(false))
     }
 
+    /// Whether a connection that ends before the first answer tells that an agent which was there has ended: over vsock
+    /// the guest's kernel hangs up where nobody listens.
+    fn hangs_up_without_agent(&self) -> bool {
+        self.config.init_mode == InitMode::Systemd && matches!(self.channel, AgentChannel::VsockSocket { .. })
+    }
+
     async fn connection(&mut self, events: &mpsc::Sender<LinkEvent>) -> End {
         // What is said of the port from here on is about the agent that will answer.
         if let Some(port) = &mut self.port {
@@ -221,6 +228,7 @@ impl Guest {
             Err(ChannelError::NotAuthentic) => {
                 return End::Refused("the guest could not prove its identity".into());
             }
+            Err(ChannelError::Closed) if self.hangs_up_without_agent() => return lost(false, AGENT_ENDED),
             Err(error) => return lost(false, error),
         };
         if !client.is_configured() {

@@ -1,6 +1,8 @@
 //! Instances: the driver of each, the table of all, their disks and logs.
 
 mod action_log;
+
+mod books;
 mod boot;
 pub(crate) mod capture;
 mod create;
@@ -13,6 +15,8 @@ mod log_watch;
 mod logs;
 mod model;
 mod recovery;
+mod reports;
+mod request;
 pub(crate) mod rewind;
 mod rotation;
 mod shutdown;
@@ -22,7 +26,6 @@ mod stillness;
 mod table;
 
 pub(crate) use create::{check_hypervisor, check_size, create};
-pub(crate) use driver::Request;
 pub(crate) use log_watch::LogWatcher;
 pub use logs::LogFollower;
 pub use model::{
@@ -30,5 +33,6 @@ pub use model::{
     LogSource, NetworkRecord, NetworkRequest, RunRecord, StandbyRecord, StartOverrides, WaitOutcome,
 };
 pub(crate) use recovery::recover;
+pub(crate) use request::Request;
 pub(crate) use rotation::{GROWTH_CHECK, overgrown};
 pub(crate) use table::{Slot, Table};

@@ -28,8 +28,9 @@ use tokio::task::JoinSet;
 
 use super::boot::{adoption_spec, kill_leftovers};
 use super::disks::sweep_templates;
-use super::driver::{self, Driver, Operation, Request, Run};
+use super::driver::{self, Driver, Run};
 use super::model::InstanceRecord;
+use super::request::{Operation, Request};
 use super::shutdown::exit_unseen;
 use crate::shared::Shared;
 use crate::{EngineError, durable};

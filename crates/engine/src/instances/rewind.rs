@@ -19,9 +19,10 @@ use tokio::task::JoinHandle;
 
 use super::boot::kill;
 use super::disks::{self, Thoroughness};
-use super::driver::{Driver, Operation};
+use super::driver::Driver;
 use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, StandbyRecord};
+use super::request::Operation;
 use crate::blocking::blocking;
 use crate::layout::make_private;
 use crate::snapshots::state;

@@ -10,8 +10,9 @@ use hypeman_vmm::{ExitCause, ExitKind};
 use jiff::Timestamp;
 
 use super::boot::{kill, kill_leftovers};
-use super::driver::{Driver, Operation, Run};
+use super::driver::{Driver, Run};
 use super::link::LinkEvent;
+use super::request::Operation;
 use crate::durable;
 use crate::events::EventKind;
 use crate::snapshots::schedules;

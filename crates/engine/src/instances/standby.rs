@@ -27,10 +27,11 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 
 use super::boot::{guest_config, kill, machine_spec};
-use super::driver::{Driver, Operation, Owed, Run};
+use super::driver::{Driver, Owed, Run};
 use super::link::{Link, Welcome};
 use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
+use super::request::Operation;
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
 use crate::snapshots::state;

@@ -17,7 +17,8 @@ use std::sync::Arc;
 use hypeman_guest_api::ChannelError;
 use hypeman_guest_api::host::GuestClient;
 
-use super::driver::{Driver, Operation};
+use super::driver::Driver;
+use super::request::Operation;
 use super::standby::AGENT_PATIENCE;
 use crate::{EngineError, faults};
 

@@ -9,8 +9,8 @@ use hypeman_guest_api::host::GuestClient;
 use hypeman_vmm::Machine;
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::driver::Request;
 use super::model::{Instance, InstanceFilter};
+use super::request::Request;
 use crate::EngineError;
 
 /// What the rest of the engine holds of an instance: the way to its driver and what the driver publishes.
