@@ -97,8 +97,10 @@ impl Driver {
 
     /// Connects to a guest whose connections have ended, which is no news of the guest: it is thawed by the new one.
     async fn reach_anew(&mut self) {
-        let Ok(image) = self.shared.images.bootable(&self.record.image_digest) else {
-            return;
+        let image = match self.shared.images.bootable(&self.record.image_digest) {
+            Ok(image) => image,
+            // The link finds out by itself that nobody answers, and thaws the guest later.
+            Err(error) => return self.log.line(&format!("not connected anew: {error}")),
         };
         let Some(machine) = self.run.as_ref().map(|run| Arc::clone(&run.machine)) else {
             return;
