@@ -361,3 +361,34 @@ async fn the_balloon_takes_memory_and_gives_it_back_and_nothing_else_changes() {
     );
     assert_nothing_is_left(&lab, KIND, &spec);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fork_whose_guest_has_given_memory_back_is_captured_like_any_other() {
+    let Some(lab) = Lab::firecracker() else { return };
+    let source = lab.launch(KIND, &lab.vsock_spec("gives-source")).await;
+    let mut agent = Agent::connect(&*source).await;
+    agent.ask("dirty 16").await;
+    let checksum = agent.ask("checksum").await;
+    let captured = capture(&*source).await;
+    source.kill().await.unwrap();
+    let base = lab.directory.path().join("gives-base");
+    captured.write_base(&base);
+    let before = digest(&base);
+    let on_base = |id: &str| MachineSpec {
+        memory: MemoryBacking::Private(base.clone()),
+        ..lab.vsock_spec(id)
+    };
+
+    // Where it gives pages back, Firecracker puts empty ones in the place of the file's.
+    let fork = restore(&lab, KIND, &on_base("gives"), &captured, None).await;
+    let mut agent = Agent::connect(&*fork).await;
+    take_memory_and_give_it_back(&fork, &mut agent).await;
+    assert_eq!(agent.ask("checksum").await, checksum);
+    let delta = capture(&*fork).await;
+    fork.kill().await.unwrap();
+    assert_eq!(digest(&base), before);
+    let patch = Some(delta.patch());
+    let again = restore(&lab, KIND, &on_base("gives-again"), &delta, patch).await;
+    assert_eq!(Agent::connect(&*again).await.ask("checksum").await, checksum);
+    again.kill().await.unwrap();
+}
