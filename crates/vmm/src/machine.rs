@@ -1,4 +1,4 @@
-//! The trait that every VMM driver implements, and its errors.
+//! The traits that every VMM driver implements.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,7 +8,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::{Accelerator, AgentChannel, Disk, GuestMemory, JailReport, MachineSpec, ProcessIdentity};
+use crate::{
+    Accelerator, AgentChannel, Disk, GuestMemory, JailReport, MachineSpec, ProcessIdentity, VmmError,
+};
 
 /// The five kinds of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -138,56 +140,6 @@ pub struct ExitCause {
     pub kind: ExitKind,
     /// The last lines of console and VMM output, at most 4 KiB, not to be trusted.
     pub console_tail: String,
-}
-
-/// Why a VMM could not do something.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum VmmError {
-    /// This VMM has no such ability.
-    #[error("{kind:?} does not support {feature}")]
-    Unsupported {
-        /// Which VMM.
-        kind: VmmKind,
-        /// What was asked.
-        feature: &'static str,
-    },
-    /// The machine cannot be built as described.
-    #[error("the machine cannot be built: {0}")]
-    InvalidSpec(String),
-    /// The VMM cannot run on this host.
-    #[error("{0}")]
-    Unavailable(String),
-    /// The process ended before it was usable; carries the end of its log.
-    #[error("the VMM exited during start: {0}")]
-    StartFailed(String),
-    /// The process is gone.
-    #[error("the VMM process is gone")]
-    Gone,
-    /// The control socket did not answer in time.
-    #[error("the VMM did not answer {command} within {after:?}")]
-    Unresponsive {
-        /// Command that was sent.
-        command: String,
-        /// How long was waited.
-        after: Duration,
-    },
-    /// The VMM refused a command.
-    #[error("the VMM refused {command}: {message}")]
-    Refused {
-        /// Command that was sent.
-        command: String,
-        /// The VMM's own words.
-        message: String,
-    },
-    /// Host I/O failed.
-    #[error("{context}: {source}")]
-    Io {
-        /// What was being done, with the path.
-        context: String,
-        /// The cause.
-        source: std::io::Error,
-    },
 }
 
 /// What a device state needs to be loaded again. Two states are interchangeable only when these are equal.
