@@ -142,6 +142,16 @@ pub struct ExitCause {
     pub console_tail: String,
 }
 
+impl ExitCause {
+    /// Of a machine that has not ended.
+    pub(crate) fn running() -> Self {
+        Self {
+            kind: ExitKind::Running,
+            console_tail: String::new(),
+        }
+    }
+}
+
 /// What a device state needs to be loaded again. Two states are interchangeable only when these are equal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateIdentity {
@@ -246,10 +256,7 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
 
     /// Processes of this kind of VMM that were started for this runtime directory, recorded or not. Recovery
     /// uses it after a crash between the start of a process and the record of it.
-    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
-        let _ = runtime_directory;
-        Ok(Vec::new())
-    }
+    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError>;
 }
 
 /// A machine whose VMM process lives. Methods take `&self`: the driver serialises what must be serial.
@@ -318,12 +325,7 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     async fn exited(&self);
 
     /// Why the process ended. Reads what is known and returns at once; [`ExitKind::Running`] while it lives.
-    async fn exit_cause(&self) -> ExitCause {
-        ExitCause {
-            kind: ExitKind::Unknown,
-            console_tail: String::new(),
-        }
-    }
+    async fn exit_cause(&self) -> ExitCause;
 
     /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
     /// No byte is lost or written twice.

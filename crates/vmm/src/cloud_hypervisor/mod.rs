@@ -298,13 +298,7 @@ impl Vmm for CloudHypervisor {
         process: &ProcessIdentity,
         identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
-        let handle = ProcessHandle::of_recorded(process)
-            .map_err(|source| VmmError::Io {
-                context: format!("cannot look at process {}", process.pid),
-                source,
-            })?
-            .ok_or(VmmError::Gone)?;
-        let handle = Arc::new(handle);
+        let handle = ProcessHandle::adopt(process)?;
         let pipe = spec.runtime_directory.join(PIPE);
         let told = Told::listen(&pipe, Arc::clone(&handle)).unwrap_or_else(|error| {
             tracing::warn!(machine = spec.id, %error, "an adopted machine will not say why it ends");
@@ -325,12 +319,8 @@ impl Vmm for CloudHypervisor {
     }
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
-        processes_with_argument(&event_argument(runtime_directory), |executable| {
-            executable
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(PROGRAM))
-        })
-        .map_err(io_error("cannot scan", Path::new("/proc")))
+        processes_with_argument(PROGRAM, &event_argument(runtime_directory))
+            .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
 
@@ -439,11 +429,17 @@ impl Made {
 
 impl Drop for Made {
     fn drop(&mut self) {
-        let Some(directory) = &self.0 else { return };
-        let _ = OwnDirectory::of(directory).remove();
-        for name in [API_SOCKET, PIPE, capture::PLACE_FILE] {
-            let _ = fs::remove_file(directory.join(name));
+        if let Some(directory) = &self.0 {
+            remove_files(directory);
         }
+    }
+}
+
+/// Removes everything of a machine that is gone.
+fn remove_files(runtime_directory: &Path) {
+    let _ = OwnDirectory::of(runtime_directory).remove();
+    for name in [API_SOCKET, PIPE, capture::PLACE_FILE] {
+        let _ = fs::remove_file(runtime_directory.join(name));
     }
 }
 

@@ -367,15 +367,10 @@ impl Vmm for Firecracker {
         process: &ProcessIdentity,
         identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
-        let process = ProcessHandle::of_recorded(process)
-            .map_err(|source| VmmError::Io {
-                context: format!("cannot look at process {}", process.pid),
-                source,
-            })?
-            .ok_or(VmmError::Gone)?;
+        let process = ProcessHandle::adopt(process)?;
         let files = Files::of(&spec.runtime_directory);
         files.let_go_of_a_hold();
-        let client = RestClient::new(files.api_socket(), Arc::new(process));
+        let client = RestClient::new(files.api_socket(), process);
         let console = Console::new(spec.vmm_log.clone(), None);
         let segments = files.remembered_memory();
         let workload_log = WorkloadLog::listen(&files.log_socket(), &spec.workload_log)?;
@@ -393,12 +388,8 @@ impl Vmm for Firecracker {
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
         let socket = Files::of(runtime_directory).api_socket();
-        processes_with_argument(socket.as_os_str(), |executable| {
-            executable
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("firecracker"))
-        })
-        .map_err(io_error("cannot scan", Path::new("/proc")))
+        processes_with_argument("firecracker", socket.as_os_str())
+            .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
 

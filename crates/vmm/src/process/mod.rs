@@ -21,8 +21,8 @@ mod words;
 
 pub(crate) use by_name::{ByName, program_files};
 pub(crate) use confine::{confines, limits};
+pub(crate) use identity::processes_with_argument;
 pub use identity::{ProcessIdentity, boot_id};
-pub(crate) use identity::{processes_with_argument, resident_and_cpu};
 pub(crate) use spawn::{Confinement, Detached, spawn_detached};
 pub(crate) use watch::{Ended, KillOnDrop, ProcessHandle, readable};
 pub(crate) use words::Words;

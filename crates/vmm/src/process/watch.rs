@@ -4,6 +4,8 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
@@ -14,6 +16,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::ProcessIdentity;
+use super::identity::usage_of;
+use crate::{MachineStats, VmmError};
+
+/// Time between the end of a socket and the end of the process that held it.
+const END_GRACE: Duration = Duration::from_secs(1);
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +39,7 @@ pub(crate) struct ProcessHandle {
     identity: ProcessIdentity,
     pidfd: OwnedFd,
     ended: watch::Receiver<Option<Ended>>,
+    stopped: AtomicBool,
 }
 
 impl ProcessHandle {
@@ -77,6 +85,7 @@ impl ProcessHandle {
             identity,
             pidfd,
             ended,
+            stopped: AtomicBool::new(false),
         })
     }
 
@@ -103,6 +112,54 @@ impl ProcessHandle {
             // The watching task went with its runtime; there is nobody left to wait for.
             Err(_) => Ended::Unseen,
         }
+    }
+
+    /// Takes back the process of a machine that another server started.
+    ///
+    /// # Errors
+    /// [`VmmError::Gone`] when it has ended.
+    pub(crate) fn adopt(identity: &ProcessIdentity) -> Result<Arc<Self>, VmmError> {
+        let adopted = Self::of_recorded(identity)
+            .map_err(VmmError::io(format!("cannot look at process {}", identity.pid)))?;
+        adopted.map(Arc::new).ok_or(VmmError::Gone)
+    }
+
+    /// Ends it on our own behalf, unless it has ended already, and waits for its end.
+    pub(crate) async fn stop(&self) -> Result<(), VmmError> {
+        if self.ended_now().is_some() {
+            return Ok(());
+        }
+        self.stopped.store(true, Ordering::Release);
+        self.end().await
+    }
+
+    /// Whether [`ProcessHandle::stop`] was to end it.
+    pub(crate) fn was_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Kills it and waits for its end.
+    async fn end(&self) -> Result<(), VmmError> {
+        self.kill()
+            .map_err(VmmError::io(format!("cannot kill process {}", self.identity.pid)))?;
+        self.ended().await;
+        Ok(())
+    }
+
+    /// Whether it ends in a moment: what it says by its sockets ends a little earlier.
+    pub(crate) async fn ends_soon(&self) -> bool {
+        tokio::time::timeout(END_GRACE, self.ended()).await.is_ok()
+    }
+
+    /// What it uses of the host.
+    ///
+    /// # Errors
+    /// [`VmmError::Gone`] when it has ended.
+    pub(crate) fn usage(&self) -> Result<MachineStats, VmmError> {
+        if self.ended_now().is_some() || !self.identity.is_alive() {
+            return Err(VmmError::Gone);
+        }
+        usage_of(self.identity.pid).map_err(|_| VmmError::Gone)
     }
 
     /// Sends SIGKILL. A process that has ended is no error.

@@ -69,7 +69,7 @@ impl Qemu {
         check_memory(spec)?;
         let qmp_path = spec.runtime_directory.join(QMP_SOCKET);
         let agent_path = spec.runtime_directory.join(AGENT_SOCKET);
-        let sockets = OwnedSockets(vec![qmp_path.clone(), agent_path.clone()]);
+        let made = Made(spec.runtime_directory.clone());
         let mut keep = vec![listen(&qmp_path)?, listen(&agent_path)?];
         let numbers = Sockets {
             qmp: keep[0].as_raw_fd(),
@@ -198,7 +198,7 @@ impl Qemu {
             _ = process.ended() => return Err(failed()),
         }
         guard.forget();
-        std::mem::forget(sockets);
+        std::mem::forget(made);
         Ok(machine)
     }
 }
@@ -251,16 +251,11 @@ impl Vmm for Qemu {
         process: &ProcessIdentity,
         identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
-        let handle = ProcessHandle::of_recorded(process)
-            .map_err(|source| VmmError::Io {
-                context: format!("cannot look at process {}", process.pid),
-                source,
-            })?
-            .ok_or(VmmError::Gone)?;
+        let handle = ProcessHandle::adopt(process)?;
         let socket = spec.runtime_directory.join(QMP_SOCKET);
         let console = Console::new(spec.vmm_log.clone(), Words::of(handle.identity()));
         let machine = QemuMachine::new(
-            Control::new(spec.id.clone(), Arc::new(handle), socket),
+            Control::new(spec.id.clone(), handle, socket),
             console,
             spec,
             identity.cloned(),
@@ -281,24 +276,24 @@ impl Vmm for Qemu {
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
         let pid_file = runtime_directory.join(PID_FILE);
-        processes_with_argument(pid_file.as_os_str(), |executable| {
-            executable
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("qemu"))
-        })
-        .map_err(io_error("cannot scan", Path::new("/proc")))
+        processes_with_argument("qemu", pid_file.as_os_str())
+            .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
 
-/// Removes sockets of a start that failed.
-struct OwnedSockets(Vec<PathBuf>);
+/// Removes what a start has made, if it fails.
+struct Made(PathBuf);
 
-impl Drop for OwnedSockets {
+impl Drop for Made {
     fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = fs::remove_file(path);
-            let _ = fs::remove_file(path.with_file_name(PID_FILE));
-        }
+        remove_files(&self.0);
+    }
+}
+
+/// Removes everything of a machine that is gone.
+fn remove_files(runtime_directory: &Path) {
+    for name in [QMP_SOCKET, AGENT_SOCKET, PID_FILE] {
+        let _ = fs::remove_file(runtime_directory.join(name));
     }
 }
 
