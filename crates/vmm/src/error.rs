@@ -79,6 +79,14 @@ impl VmmError {
             after,
         }
     }
+
+    /// A refusal as the reason why a machine does not start.
+    pub(crate) fn of_start(self) -> Self {
+        match self {
+            Self::Refused { message, .. } => Self::StartFailed(message),
+            other => other,
+        }
+    }
 }
 
 impl From<JoinError> for VmmError {

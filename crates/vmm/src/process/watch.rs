@@ -139,7 +139,7 @@ impl ProcessHandle {
     }
 
     /// Kills it and waits for its end.
-    async fn end(&self) -> Result<(), VmmError> {
+    pub(super) async fn end(&self) -> Result<(), VmmError> {
         self.kill()
             .map_err(VmmError::io(format!("cannot kill process {}", self.identity.pid)))?;
         self.ended().await;
@@ -167,28 +167,6 @@ impl ProcessHandle {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Kills a process whose start was cancelled or failed; its watching task reaps it.
-pub(crate) struct KillOnDrop(Option<Arc<ProcessHandle>>);
-
-impl KillOnDrop {
-    pub(crate) fn of(process: &Arc<ProcessHandle>) -> Self {
-        Self(Some(Arc::clone(process)))
-    }
-
-    /// The start succeeded.
-    pub(crate) fn forget(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(process) = &self.0 {
-            let _ = process.kill();
         }
     }
 }
@@ -229,7 +207,7 @@ mod tests {
 
     use rustix::fs::Mode;
 
-    use super::super::{Detached, spawn_detached};
+    use super::super::spawn::{Detached, spawn_detached};
     use super::*;
 
     /// Holds a script back until the test has looked at its process: one that has ended can't be looked at.
@@ -264,12 +242,12 @@ mod tests {
         let output = File::options().write(true).open("/dev/null").unwrap();
         let arguments = vec!["-c".into(), script.into()];
         spawn_detached(Detached {
-            program: Path::new("/bin/sh"),
+            program: "/bin/sh".into(),
             arguments,
-            directory: Path::new("/"),
+            directory: "/".into(),
             output,
             errors: None,
-            keep: &[],
+            keep: Vec::new(),
             forbid_holes: false,
             jail: None,
             restraint: None,
@@ -333,12 +311,12 @@ mod tests {
         let gate = Gate::new();
         let arguments = vec!["-c".into(), gate.before(&script).into()];
         let pid = spawn_detached(Detached {
-            program: Path::new("/bin/sh"),
+            program: "/bin/sh".into(),
             arguments,
-            directory: Path::new("/"),
+            directory: "/".into(),
             output,
             errors: None,
-            keep: std::slice::from_ref(&kept),
+            keep: vec![kept],
             forbid_holes: false,
             jail: None,
             restraint: None,

@@ -39,7 +39,6 @@ impl QemuMachine {
         console: Console,
         spec: &MachineSpec,
         identity: Option<StateIdentity>,
-        jail: Option<JailReport>,
     ) -> Self {
         Self {
             control: Arc::new(control),
@@ -49,8 +48,13 @@ impl QemuMachine {
             workload_log: spec.workload_log.clone(),
             console,
             identity,
-            jail,
+            jail: None,
         }
+    }
+
+    /// What of a jail its process bears.
+    pub(super) fn in_jail(self, jail: Option<JailReport>) -> Self {
+        Self { jail, ..self }
     }
 
     pub(super) fn control(&self) -> &Arc<Control> {
