@@ -71,6 +71,24 @@ pub(crate) fn without(all: &[Range<u64>], taken: &[Range<u64>]) -> Vec<Range<u64
     left
 }
 
+/// What is in either, merged where it touches; both ascending and without overlap.
+pub(crate) fn union(some: Vec<Range<u64>>, others: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    if others.is_empty() {
+        return some;
+    }
+    let mut all = some;
+    all.extend(others);
+    all.sort_unstable_by_key(|range| range.start);
+    let mut union: Vec<Range<u64>> = Vec::with_capacity(all.len());
+    for range in all {
+        match union.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => union.push(range),
+        }
+    }
+    union
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -99,6 +117,16 @@ mod tests {
             for point in 0..220 {
                 prop_assert_eq!(has(&left, point), has(&all, point) && !has(&taken, point), "{}", point);
             }
+        }
+
+        #[test]
+        fn a_union_has_what_either_has(some in ranges(), others in ranges()) {
+            let union = union(some.clone(), others.clone());
+            let has = |ranges: &[Range<u64>], point| ranges.iter().any(|range| range.contains(&point));
+            for point in 0..220 {
+                prop_assert_eq!(has(&union, point), has(&some, point) || has(&others, point), "{}", point);
+            }
+            prop_assert!(others.is_empty() || union.windows(2).all(|pair| pair[0].end < pair[1].start));
         }
 
         #[test]

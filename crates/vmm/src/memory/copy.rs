@@ -90,8 +90,9 @@ impl CopyRoom {
 
     /// Copies the ranges to their own offsets, on all cores. Everything else of the file are holes.
     pub(super) fn fill(self, memory: &GuestMemory, ranges: &[Range<u64>]) -> io::Result<OwnedFd> {
+        let ranges = without(ranges, &memory.given_back()?);
         each_piece(
-            ranges,
+            &ranges,
             || vec![0; PIECE as usize],
             |buffer, piece| {
                 let buffer = &mut buffer[..(piece.end - piece.start) as usize];
@@ -99,7 +100,7 @@ impl CopyRoom {
                 self.write(piece.start, buffer)
             },
         )?;
-        for range in without(&self.reserved, ranges) {
+        for range in without(&self.reserved, &ranges) {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             fallocate(&self.file, flags, range.start, range.end - range.start)?;
         }

@@ -22,12 +22,27 @@ pub(super) struct Mapping {
 }
 
 /// Finds out what backs `length` bytes from `address` on. The kernel may show one block in several lines (advice
-/// splits them), but they must follow each other in memory and in the file.
+/// splits them), but they must follow each other in memory and in the file. Where a file is copied on write, a VMM may
+/// have put plain memory in the place of what its guest gave back.
 pub(super) fn kind_of(maps: File, address: u64, length: u64) -> io::Result<Kind> {
-    kind_in(BufReader::new(maps), address, length)
+    pieces(BufReader::new(maps), address, length).map(|pieces| match pieces.iter().find_map(file_of) {
+        Some(_) => Kind::PrivateFile,
+        None => Kind::Anonymous,
+    })
 }
 
-fn kind_in(lines: impl BufRead, address: u64, length: u64) -> io::Result<Kind> {
+/// Addresses within a block where plain memory is in the place of its file.
+pub(super) fn replaced(maps: File, address: u64, length: u64) -> io::Result<Vec<Range<u64>>> {
+    let end = address + length;
+    let pieces = pieces(BufReader::new(maps), address, length)?;
+    Ok(pieces
+        .iter()
+        .filter(|piece| piece.file.is_none())
+        .map(|piece| piece.addresses.start.max(address)..piece.addresses.end.min(end))
+        .collect())
+}
+
+fn pieces(lines: impl BufRead, address: u64, length: u64) -> io::Result<Vec<Mapping>> {
     let odd = |what: &str| {
         io::Error::new(
             io::ErrorKind::InvalidData,
@@ -38,7 +53,7 @@ fn kind_in(lines: impl BufRead, address: u64, length: u64) -> io::Result<Kind> {
         .checked_add(length)
         .ok_or_else(|| odd("beyond the end of memory"))?;
     let mut reached = address;
-    let mut first: Option<Mapping> = None;
+    let mut pieces: Vec<Mapping> = Vec::new();
     for line in lines.lines() {
         let mapping = parse(&line?).ok_or_else(|| odd("unexpected form of /proc/PID/maps"))?;
         if mapping.addresses.end <= reached || reached >= end {
@@ -47,33 +62,35 @@ fn kind_in(lines: impl BufRead, address: u64, length: u64) -> io::Result<Kind> {
         if mapping.addresses.start > reached || !mapping.private {
             break;
         }
-        if let Some(first) = &first
-            && !first.goes_on_in(&mapping)
+        let of_file = |piece: &&Mapping| piece.file.is_some();
+        if let Some(before) = pieces.iter().rfind(of_file)
+            && !before.goes_on_in(&mapping)
         {
             return Err(odd("it is not one block"));
         }
         reached = mapping.addresses.end;
-        first.get_or_insert(mapping);
+        pieces.push(mapping);
     }
-    match first {
-        Some(first) if reached >= end => Ok(match first.file {
-            Some(_) => Kind::PrivateFile,
-            None => Kind::Anonymous,
-        }),
-        _ => Err(odd("no private memory of that size lies there")),
+    if reached < end {
+        return Err(odd("no private memory of that size lies there"));
     }
+    Ok(pieces)
+}
+
+fn file_of(mapping: &Mapping) -> Option<&(String, u64, u64)> {
+    mapping.file.as_ref()
 }
 
 impl Mapping {
+    /// Whether the other one may follow this one, of a file, in one block.
     fn goes_on_in(&self, other: &Self) -> bool {
         match (&self.file, &other.file) {
-            (None, None) => true,
             (Some((device, inode, offset)), Some((other_device, other_inode, other_offset))) => {
                 device == other_device
                     && inode == other_inode
                     && offset.checked_add(other.addresses.start - self.addresses.start) == Some(*other_offset)
             }
-            _ => false,
+            _ => true,
         }
     }
 }
@@ -105,17 +122,36 @@ a000-c000 rw-p 00000000 08:01 99                         /data/a file
 c000-d000 rw-p 00002000 08:01 99                         /data/a file
 d000-e000 rw-p 00007000 08:01 99                         /data/a file
 f000-10000 rw-s 00000000 00:01 5                         /memfd:x (deleted)
+20000-21000 rw-p 00000000 00:00 0 \n21000-23000 rw-p 00001000 08:01 99                       /data/a file
+23000-25000 rw-p 00000000 00:00 0 \n25000-26000 rw-p 00005000 08:01 99                       /data/a file
+26000-28000 rw-p 00000000 00:00 0 \n28000-29000 rw-p 00007000 08:01 99                       /data/a file
 ";
 
+    fn found(address: u64, length: u64) -> Option<(Kind, Vec<Range<u64>>)> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("maps");
+        std::fs::write(&path, MAPS).unwrap();
+        let maps = || File::open(&path).unwrap();
+        let kind = kind_of(maps(), address, length).ok()?;
+        Some((kind, replaced(maps(), address, length).unwrap()))
+    }
+
     fn kind(address: u64, length: u64) -> Option<Kind> {
-        kind_in(MAPS.as_bytes(), address, length).ok()
+        found(address, length).map(|(kind, _)| kind)
     }
 
     #[test]
     fn one_block_may_have_several_lines() {
         assert_eq!(kind(0x4000, 0x5000), Some(Kind::Anonymous));
         assert_eq!(kind(0x5000, 0x1000), Some(Kind::Anonymous));
-        assert_eq!(kind(0xa000, 0x3000), Some(Kind::PrivateFile));
+        assert_eq!(found(0xa000, 0x3000), Some((Kind::PrivateFile, vec![])));
+    }
+
+    #[test]
+    fn plain_memory_may_stand_in_for_parts_of_a_file() {
+        let (kind, replaced) = found(0x20000, 0x7000).unwrap();
+        assert_eq!(kind, Kind::PrivateFile);
+        assert_eq!(replaced, [0x20000..0x21000, 0x23000..0x25000, 0x26000..0x27000]);
     }
 
     #[test]
@@ -123,6 +159,7 @@ f000-10000 rw-s 00000000 00:01 5                         /memfd:x (deleted)
         assert_eq!(kind(0x4000, 0x6000), None, "a hole after it");
         assert_eq!(kind(0x3000, 0x1000), None, "a hole");
         assert_eq!(kind(0xa000, 0x4000), None, "the file does not go on");
+        assert_eq!(kind(0x20000, 0x9000), None, "nor does it behind plain memory");
         assert_eq!(kind(0xf000, 0x1000), None, "shared");
         assert_eq!(kind(u64::MAX - 1, 0x1000), None);
     }

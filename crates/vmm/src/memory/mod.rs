@@ -34,6 +34,7 @@ use rustix::fs::{Mode, OFlags};
 
 pub use self::copy::CopyRoom;
 use crate::process::ProcessHandle;
+use crate::ranges::{union, without};
 
 /// Where the RAM of one machine lies in its VMM's process. Cheap to clone; threads may share it.
 #[derive(Debug, Clone)]
@@ -94,13 +95,8 @@ impl GuestMemory {
         }
         let mut kinds = Vec::with_capacity(segments.len());
         for segment in &segments {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            let maps = rustix::fs::openat(&directory, "maps", flags, Mode::empty())?;
-            kinds.push(mappings::kind_of(
-                File::from(maps),
-                segment.address,
-                segment.length,
-            )?);
+            let maps = open_maps(&directory)?;
+            kinds.push(mappings::kind_of(maps, segment.address, segment.length)?);
         }
         let Some(kind) = kinds
             .first()
@@ -158,23 +154,57 @@ impl GuestMemory {
 
     /// Pages that may hold something, as merged ascending ranges of bytes. Anonymous memory: pages that are
     /// present or swapped; all others read as zeros. A private mapping: pages that the guest or the VMM wrote
-    /// since the start; all others are those of the file. Memory that somebody serves: pages that are there, zeros
-    /// included; all others are what they would be filled with.
+    /// since the start, and those that it gave back; all others are those of the file. Memory that somebody serves:
+    /// pages that are there, zeros included; all others are what they would be filled with.
     pub fn populated(&self) -> io::Result<Vec<Range<u64>>> {
+        let missing = self.inner.missing;
+        let found = self.each_segment(|segment| self.scan(segment.address..segment.end(), missing))?;
+        let replaced = self.each_segment(|segment| self.replaced(segment))?;
+        Ok(union(found, replaced))
+    }
+
+    /// Populated pages of which it is known without reading them that they are zero: those that the guest of a private
+    /// mapping gave back and has not asked for since.
+    fn given_back(&self) -> io::Result<Vec<Range<u64>>> {
+        self.each_segment(|segment| {
+            let replaced = self.replaced(segment)?;
+            let mut there = Vec::new();
+            for range in replaced.iter().cloned() {
+                there.extend(self.scan(range, Missing::Zero)?);
+            }
+            Ok(without(&replaced, &there))
+        })
+    }
+
+    /// Addresses at which plain memory is in the place of the file that a segment maps.
+    fn replaced(&self, segment: &Segment) -> io::Result<Vec<Range<u64>>> {
+        if self.inner.missing != Missing::File {
+            return Ok(Vec::new());
+        }
+        mappings::replaced(open_maps(&self.inner.directory)?, segment.address, segment.length)
+    }
+
+    /// Addresses of what is populated.
+    fn scan(&self, addresses: Range<u64>, missing: Missing) -> io::Result<Vec<Range<u64>>> {
+        let (start, length) = (addresses.start, addresses.end - addresses.start);
+        let found = populated::scan(&self.inner.directory, start, length, missing)?;
+        let found = found.into_iter();
+        Ok(found
+            .map(|range| start + range.start..start + range.end)
+            .collect())
+    }
+
+    /// Finds addresses in each segment; tells them as offsets.
+    fn each_segment(
+        &self,
+        find: impl Fn(&Segment) -> io::Result<Vec<Range<u64>>>,
+    ) -> io::Result<Vec<Range<u64>>> {
         let mut all = Vec::new();
         let mut offset = 0;
         for segment in &self.inner.segments {
-            let ranges = populated::scan(
-                &self.inner.directory,
-                segment.address,
-                segment.length,
-                self.inner.missing,
-            )?;
-            all.extend(
-                ranges
-                    .into_iter()
-                    .map(|range| range.start + offset..range.end + offset),
-            );
+            let begin = segment.address;
+            let found = find(segment)?.into_iter();
+            all.extend(found.map(|range| range.start - begin + offset..range.end - begin + offset));
             offset += segment.length;
         }
         Ok(all)
@@ -242,6 +272,17 @@ impl GuestMemory {
         }
         Ok(places)
     }
+}
+
+impl Segment {
+    fn end(&self) -> u64 {
+        self.address + self.length
+    }
+}
+
+fn open_maps(directory: &OwnedFd) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(directory, "maps", flags, Mode::empty())?.into())
 }
 
 fn gone() -> io::Error {

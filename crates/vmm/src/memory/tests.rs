@@ -45,6 +45,21 @@ impl Mapping {
         Self::of(address.unwrap(), length)
     }
 
+    /// Puts plain memory in the place of pages, as a VMM does with what its guest gives back.
+    fn replace(&mut self, pages: Range<u64>) {
+        let length = ((pages.end - pages.start) * PAGE) as usize;
+        // SAFETY: within the mapping, which is ours and which nobody borrows.
+        let replaced = unsafe {
+            mmap_anonymous(
+                self.address.add((pages.start * PAGE) as usize).cast(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED,
+            )
+        };
+        replaced.unwrap();
+    }
+
     fn of(address: *mut std::ffi::c_void, length: u64) -> Self {
         Self {
             address: address.cast(),
@@ -139,6 +154,38 @@ async fn only_changed_pages_of_a_private_mapping_are_populated_and_the_file_stay
     let mut now = vec![0; original.len()];
     file.read_exact_at(&mut now, 0).unwrap();
     assert!(now == original);
+}
+
+#[tokio::test]
+async fn what_a_guest_gave_back_of_a_private_mapping_is_zero_and_no_longer_of_the_file() {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[7; 64 * PAGE as usize], 0).unwrap();
+    let mut mapping = Mapping::of_file(&file, 64 * PAGE).in_small_pages();
+    mapping.page(3)[0] = 1;
+    let memory = mapping.memory();
+    mapping.replace(0..2);
+    mapping.replace(30..40);
+    mapping.page(35)[0] = 5;
+    mapping.page(50)[0] = 6;
+    let populated = memory.populated().unwrap();
+    assert_eq!(pages(&populated), [0..2, 3..4, 30..40, 50..51]);
+    assert_eq!(pages(&memory.given_back().unwrap()), [0..2, 30..35, 36..40]);
+
+    let copy = File::from(memory.copy_to_memfd(&populated).unwrap());
+    for range in populated {
+        let mut copied = vec![0xff; (range.end - range.start) as usize];
+        let mut read = copied.clone();
+        copy.read_exact_at(&mut copied, range.start).unwrap();
+        memory.read(range.start, &mut read).unwrap();
+        assert!(copied == read, "{range:?}");
+        let expected = match range.start / PAGE {
+            30 => 0,
+            at => u8::from(at == 3) + 6 * u8::from(at == 50),
+        };
+        assert_eq!(copied[0], expected, "{range:?}");
+    }
+    // Adopted by another server, it is the same.
+    assert!(mapping.memory().is_private_mapping());
 }
 
 #[tokio::test]
