@@ -295,9 +295,9 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     /// Where guest memory lies. Its contents are of one instant only while the machine is paused.
     async fn guest_memory(&self) -> Result<GuestMemory, VmmError>;
 
-    /// Whether guest memory stands still while [`Machine::save_devices`] is under way, so that both can be taken at
-    /// once. Else memory is taken after it.
-    fn memory_rests_while_saving(&self) -> bool {
+    /// Whether memory and disks of a paused machine stand still while [`Machine::save_devices`] is under way, so that
+    /// all can be taken at once. Else they are taken after it.
+    fn rests_while_saving(&self) -> bool {
         true
     }
 

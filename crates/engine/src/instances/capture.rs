@@ -362,26 +362,21 @@ impl Driver {
         faults::point("capture.paused");
         let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
         let served = self.shared.paging.settle(name).await?;
-        let rests = machine.memory_rests_while_saving();
-        let saved = tokio::sync::Notify::new();
-        let devices = async {
-            let devices = machine.save_devices().await;
-            saved.notify_one();
-            devices
-        };
-        let copied = async {
-            if !rests {
-                saved.notified().await;
-            }
-            blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served)).await
-        };
+        let copied = blocking_io("copy guest memory", move || {
+            Frozen::copied(&memory, room, served)
+        });
         let begun = async {
             match disk.as_mut() {
                 Some(copies) => Ok(copies.begin().await?),
                 None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
             }
         };
-        let (devices, memory, begun) = tokio::join!(devices, copied, begun);
+        let rest = async { tokio::join!(copied, begun) };
+        let (devices, (memory, begun)) = if machine.rests_while_saving() {
+            tokio::join!(machine.save_devices(), rest)
+        } else {
+            (machine.save_devices().await, rest.await)
+        };
         faults::point("capture.taken");
         begun?;
         Ok(Still {

@@ -145,7 +145,7 @@ impl Driver {
         machine: &Arc<dyn Machine>,
         directory: PathBuf,
     ) -> Result<(state::Devices, Kept), EngineError> {
-        let rests = machine.memory_rests_while_saving();
+        let rests = machine.rests_while_saving();
         let saved = Notify::new();
         let devices = async {
             let devices = machine.save_devices().await;

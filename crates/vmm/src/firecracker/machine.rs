@@ -185,8 +185,8 @@ impl Machine for FirecrackerMachine {
         ))
     }
 
-    /// Firecracker tells the guest, in its memory, that its connections end here.
-    fn memory_rests_while_saving(&self) -> bool {
+    /// Firecracker finishes writes to its disks that wait, and tells the guest, in its memory, that its connections end.
+    fn rests_while_saving(&self) -> bool {
         false
     }
 
