@@ -1,7 +1,9 @@
 //! What can be changed while the machine runs.
 
+use std::io;
+
 use async_trait::async_trait;
-use hypeman_jail::{Show, show_to};
+use hypeman_jail::{JailError, Show, hide_from, show_to};
 use serde_json::json;
 
 use super::config::{self, ZONE};
@@ -35,23 +37,29 @@ impl Adjust for CloudHypervisorMachine {
             false => Show::own(&disk.path),
         };
         let pid = self.process().pid;
-        let shown = tokio::task::spawn_blocking(move || show_to(pid, &show)).await;
-        shown
-            .map_err(std::io::Error::other)
-            .and_then(|shown| shown.map_err(std::io::Error::other))
-            .map_err(io_error("cannot show its VMM", &disk.path))?;
-        self.control()
-            .order("vm.add-disk", Some(&description), CALL_DEADLINE)
+        in_its_jail(move || show_to(pid, &show))
             .await
-            .map(drop)
+            .map_err(io_error("cannot show its VMM", &disk.path))?;
+        let added = self
+            .control()
+            .order("vm.add-disk", Some(&description), CALL_DEADLINE)
+            .await;
+        // Not of an answer that is missing: it may have the disk.
+        if matches!(added, Err(VmmError::Refused { .. }))
+            && let Err(error) = self.hide(disk).await
+        {
+            tracing::warn!(%error, "a VMM still sees a disk that it refused");
+        }
+        added.map(drop)
     }
 
-    async fn detach_disk(&self, index: usize) -> Result<(), VmmError> {
+    async fn detach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError> {
         let which = json!({ "id": config::disk_id(index) });
         self.control()
             .order("vm.remove-device", Some(&which), CALL_DEADLINE)
-            .await
-            .map(drop)
+            .await?;
+        // It keeps the file open until its guest has let go of the disk, and never finds it again.
+        self.hide(disk).await
     }
 
     async fn resize_disk(&self, index: usize, bytes: u64) -> Result<(), VmmError> {
@@ -60,5 +68,23 @@ impl Adjust for CloudHypervisorMachine {
             .order("vm.resize-disk", Some(&wanted), CALL_DEADLINE)
             .await
             .map(drop)
+    }
+}
+
+impl CloudHypervisorMachine {
+    /// Takes the file of a disk from the sight of the VMM.
+    async fn hide(&self, disk: &Disk) -> Result<(), VmmError> {
+        let (pid, path) = (self.process().pid, disk.path.clone());
+        in_its_jail(move || hide_from(pid, &path))
+            .await
+            .map_err(io_error("cannot hide from its VMM", &disk.path))
+    }
+}
+
+/// Does what is laborious in the view of a VMM on a thread that may wait.
+async fn in_its_jail(work: impl FnOnce() -> Result<(), JailError> + Send + 'static) -> io::Result<()> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome.map_err(io::Error::other),
+        Err(error) => Err(io::Error::other(error)),
     }
 }
