@@ -52,6 +52,8 @@ pub enum Feature {
     GpuPassthrough,
     DiskIoLimit,
     DiskResize,
+    /// Exec sessions and copies in a running guest outlive a snapshot of it (see [`Machine::connections_have_ended`]).
+    SnapshotKeepsConnections,
 }
 
 /// What a driver can do on this host, probed live.

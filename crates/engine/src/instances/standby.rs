@@ -75,6 +75,7 @@ impl Driver {
             }
             Err(error) => {
                 self.log.line(&format!("standby failed: {error}"));
+                let held = self.note_cut(&machine, held);
                 match machine.resume().await {
                     Ok(()) => {
                         self.let_go(held).await;

@@ -388,12 +388,19 @@ fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
         Feature::GpuPassthrough,
         Feature::DiskIoLimit,
         Feature::DiskResize,
+        Feature::SnapshotKeepsConnections,
     ];
     if abilities(version).balloon {
         features.push(Feature::BalloonControl);
     }
     if cannot_save {
-        features.retain(|feature| !matches!(feature, Feature::Snapshots | Feature::Standby | Feature::Fork));
+        let of_saving = [
+            Feature::Snapshots,
+            Feature::Standby,
+            Feature::Fork,
+            Feature::SnapshotKeepsConnections,
+        ];
+        features.retain(|feature| !of_saving.contains(feature));
     }
     features.sort();
     features

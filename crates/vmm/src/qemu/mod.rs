@@ -220,6 +220,7 @@ impl Vmm for Qemu {
                     Feature::Fork,
                     Feature::Pause,
                     Feature::DiskIoLimit,
+                    Feature::SnapshotKeepsConnections,
                 ],
             },
             Err(error) => Capabilities::Unavailable {
