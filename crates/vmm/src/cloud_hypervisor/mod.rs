@@ -45,7 +45,8 @@ use crate::gate::KvmGate;
 use crate::own_directory::OwnDirectory;
 use crate::probe::processor_abilities;
 use crate::process::{
-    ByName, Detached, KillOnDrop, ProcessHandle, Words, processes_with_argument, spawn_detached,
+    ByName, Detached, KillOnDrop, ProcessHandle, Words, note_own_filter, processes_with_argument,
+    spawn_detached,
 };
 use crate::{
     Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
@@ -238,6 +239,7 @@ impl CloudHypervisor {
                 });
             }
         };
+        let jail = note_own_filter(spawned, &self.jail, VmmKind::CloudHypervisor).await?;
         guard.forget();
         made.keep();
         let identity = identity_of(&binary);
@@ -250,7 +252,7 @@ impl CloudHypervisor {
             Some(memory),
             Arc::clone(&self.cannot_save),
         );
-        Ok(machine.in_jail(spawned.jail))
+        Ok(machine.in_jail(jail))
     }
 }
 

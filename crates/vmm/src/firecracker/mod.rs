@@ -34,12 +34,15 @@ use crate::gate::KvmGate;
 use crate::kernel_arguments;
 use crate::memory::{Segment, locate};
 use crate::probe::processor_abilities;
-use crate::process::{ByName, Detached, KillOnDrop, ProcessHandle, processes_with_argument, spawn_detached};
+use crate::process::{
+    ByName, Detached, KillOnDrop, ProcessHandle, Spawned, note_own_filter, processes_with_argument,
+    spawn_detached,
+};
 use crate::rest::RestClient;
 use crate::socket::until_it_listens;
 use crate::workload_log::WorkloadLog;
 use crate::{
-    Accelerator, Capabilities, Feature, GuestMemory, Jail, JailReport, Machine, MachineSpec, MemoryBacking,
+    Accelerator, Capabilities, Feature, GuestMemory, Jail, Machine, MachineSpec, MemoryBacking,
     ProcessIdentity, Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions,
 };
 
@@ -126,7 +129,7 @@ impl Firecracker {
         )
         .await?;
         let memory = start.memory.clone();
-        let (process, jail) = spawn(spec, start, &files, restore.is_none(), log).await?;
+        let (process, spawned) = spawn(spec, start, &files, restore.is_none(), log).await?;
         let failed = || VmmError::StartFailed(console.tail_since(log_start));
         let process = Arc::new(process.ok_or_else(failed)?);
         let kill = KillOnDrop::of(&process);
@@ -155,6 +158,7 @@ impl Firecracker {
             }
         };
         files.remember_memory(&segments)?;
+        let jail = note_own_filter(spawned, &self.jail, VmmKind::Firecracker).await?;
         kill.forget();
         guard.forget();
         let identity = Some(identity(binary.version));
@@ -177,7 +181,7 @@ async fn spawn(
     files: &Files,
     configured: bool,
     output: std::fs::File,
-) -> Result<(Option<ProcessHandle>, Option<JailReport>), VmmError> {
+) -> Result<(Option<ProcessHandle>, Spawned), VmmError> {
     let mut arguments = vec![
         "--id".into(),
         spec.id.clone().into(),
@@ -209,7 +213,7 @@ async fn spawn(
     let process = ProcessHandle::of_child(spawned.pid)
         .inspect_err(|error| tracing::debug!(%error, "Firecracker ended before it could be looked at"))
         .ok();
-    Ok((process, spawned.jail))
+    Ok((process, spawned))
 }
 
 /// Finds the memory of a machine that has just begun to boot.

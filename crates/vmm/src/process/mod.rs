@@ -13,6 +13,7 @@ mod by_name;
 mod confine;
 mod filter;
 mod identity;
+mod own_filter;
 mod spawn;
 #[cfg(test)]
 pub(crate) mod stand_in;
@@ -23,6 +24,7 @@ pub(crate) use by_name::{ByName, program_files};
 pub(crate) use confine::{confines, limits};
 pub use identity::{ProcessIdentity, boot_id};
 pub(crate) use identity::{processes_with_argument, resident_and_cpu};
-pub(crate) use spawn::{Confinement, Detached, spawn_detached};
+pub(crate) use own_filter::note_own_filter;
+pub(crate) use spawn::{Confinement, Detached, Spawned, spawn_detached};
 pub(crate) use watch::{Ended, KillOnDrop, ProcessHandle, readable};
 pub(crate) use words::Words;

@@ -41,7 +41,6 @@ impl QemuMachine {
         console: Console,
         spec: &MachineSpec,
         identity: Option<StateIdentity>,
-        jail: Option<JailReport>,
     ) -> Self {
         Self {
             control: Arc::new(control),
@@ -52,8 +51,13 @@ impl QemuMachine {
             console,
             identity,
             killed: AtomicBool::new(false),
-            jail,
+            jail: None,
         }
+    }
+
+    /// What of a jail its process bears.
+    pub(super) fn in_jail(self, jail: Option<JailReport>) -> Self {
+        Self { jail, ..self }
     }
 
     pub(super) fn control(&self) -> &Arc<Control> {

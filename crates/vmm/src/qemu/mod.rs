@@ -41,7 +41,8 @@ use self::restore::StatePipe;
 use crate::console::{self, Console};
 use crate::files::{append_only, io_error};
 use crate::process::{
-    Detached, KillOnDrop, ProcessHandle, Words, confines, limits, processes_with_argument, spawn_detached,
+    Detached, KillOnDrop, ProcessHandle, Words, confines, limits, note_own_filter, processes_with_argument,
+    spawn_detached,
 };
 use crate::{
     Capabilities, Feature, Jail, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore,
@@ -171,7 +172,7 @@ impl Qemu {
         let guard = KillOnDrop::of(&process);
         let control = Control::new(spec.id.clone(), Arc::clone(&process), qmp_path);
         let identity = facts.state_identity(self.board);
-        let machine = QemuMachine::new(control, console.clone(), spec, Some(identity), spawned.jail);
+        let machine = QemuMachine::new(control, console.clone(), spec, Some(identity));
         let ready = async {
             machine.control().connect(START_DEADLINE).await?;
             match restore {
@@ -197,9 +198,10 @@ impl Qemu {
             },
             _ = process.ended() => return Err(failed()),
         }
+        let jail = note_own_filter(spawned, &self.jail, self.board.kind()).await?;
         guard.forget();
         std::mem::forget(sockets);
-        Ok(machine)
+        Ok(machine.in_jail(jail))
     }
 }
 
@@ -265,7 +267,6 @@ impl Vmm for Qemu {
             console,
             spec,
             identity.cloned(),
-            None,
         );
         // Connected early to hear events. A VMM that hangs is adopted all the same: it can still be killed.
         match machine.control().connect(Duration::from_secs(1)).await {
