@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::{Guest, Server};
 
-/// What counts, once: a shell that died may be asked again.
+/// What counts, once: a shell that died may be asked again, and says so of a counter that died at once.
 const COUNT: &str = "test -s /dev/shm/count || \
                      sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
                      >/dev/null 2>&1 </dev/null &";
@@ -21,7 +21,8 @@ impl Server {
     /// Runs a guest that counts, and has `before` in `/root/note` on its disk.
     pub async fn counting(&self, image: &str, overrides: Value) -> Guest {
         let guest = self.run(image, overrides).await;
-        let note = "echo before > /root/note && sync; until test -s /dev/shm/count; do sleep 0.05; done";
+        let note = "echo before > /root/note && sync; \
+                    until test -s /dev/shm/count; do kill -0 $! || exit 139; sleep 0.05; done";
         guest.output(&format!("{COUNT} {note}")).await;
         guest
     }

@@ -221,6 +221,7 @@ async fn what_needs_no_instance() {
             .to_lowercase()
             .contains("memory")
     );
+    assert!(cli.run(&["pagers"]).await.ok().starts_with("VERSION"));
     assert!(cli.run(&["version"]).await.ok().contains('.'));
     for shell in ["bash", "zsh", "fish"] {
         assert!(
@@ -261,7 +262,7 @@ async fn what_needs_no_instance() {
 
     let doctor = cli.run(&["doctor"]).await;
     let said = format!("{}{}", doctor.stdout, doctor.stderr).to_lowercase();
-    for word in ["kvm", "qemu", "kernel", "disk"] {
+    for word in ["kvm", "qemu", "kernel", "disk", "pagers"] {
         assert!(said.contains(word), "doctor looks at {word}: {said}");
     }
 }

@@ -25,6 +25,16 @@ async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
     skip_unless!(!pagers.is_empty(), "needs userfaultfd");
     assert_eq!(pagers.len(), 1, "one for all machines");
     let counted = guest.goes_on(0).await;
+    let told = server.client().get("/pagers").await.expect(200).json();
+    assert_eq!(told[0]["pid"], pagers[0].pid, "{told}");
+    assert_eq!(told[0]["answering"], true, "{told}");
+    let machine = &told[0]["machines"][0];
+    assert_eq!(machine["instance_id"], guest.id, "{told}");
+    assert!(machine["faults"].as_u64() > Some(0), "{told}");
+    assert!(
+        machine["populated_bytes"].as_u64() < machine["memory_bytes"].as_u64(),
+        "{told}"
+    );
 
     server.kill();
     server.start_again().await;
@@ -41,6 +51,19 @@ async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
                     .is_some_and(|reason| reason.starts_with("the VMM"))
         })
         .await;
+    let told = server.client().get("/pagers").await.expect(200).json();
+    assert_eq!(
+        (&told[0]["answering"], told[0].get("cache")),
+        (&json!(false), None),
+        "{told}"
+    );
+    assert_eq!(told[0]["machines"][0]["instance_id"], guest.id, "{told}");
+    let directory = server.data_directory().to_str().unwrap();
+    let doctor = server
+        .command_line()
+        .run(&["doctor", "--data-dir", directory])
+        .await;
+    assert!(doctor.stdout.contains("(does not answer)"), "{}", doctor.stdout);
     pagers[0].signal(Signal::CONT);
     guest
         .wait_until("it runs again", |instance| instance["state"] == "Running")

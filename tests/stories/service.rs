@@ -75,6 +75,7 @@ async fn capabilities_and_resources_tell_the_truth() {
         assert!(resources[resource]["oversub_ratio"].is_number());
     }
     assert_eq!(resources["allocations"], json!([]));
+    assert_eq!(client.get("/pagers").await.expect(200).json(), json!([]));
 }
 
 /// A program that says which version of a VMM it is, and is none.

@@ -10,6 +10,7 @@ pub mod event;
 pub mod exec;
 pub mod image;
 pub mod instance;
+pub mod pager;
 pub mod policy;
 pub mod query;
 pub mod registry;

@@ -178,6 +178,8 @@ pub enum Command {
     Capabilities(commands::service::CapabilitiesArgs),
     /// Show what the host has and what instances take
     Resources(commands::service::ResourcesArgs),
+    /// Show who serves memory of machines page by page, and how fast
+    Pagers(commands::pagers::PagersArgs),
     /// Make access tokens (offline, with the server's secret)
     #[command(subcommand)]
     Token(commands::token::TokenCommand),

@@ -16,6 +16,7 @@ use crate::instances::{
     self, CreateInstance, Instance, InstanceFilter, InstanceStats, InstanceUpdate, LogFollower, LogSource,
     Request, Slot, StartOverrides, WaitOutcome,
 };
+use crate::pagers::{self, PagerReport};
 use crate::resources::{self, ResourceReport};
 use crate::shared::Shared;
 use crate::{EngineError, EngineOptions};
@@ -117,6 +118,11 @@ impl Engine {
     /// The data disk can't be inspected.
     pub async fn resources(&self) -> Result<ResourceReport, EngineError> {
         resources::report(&self.shared).await
+    }
+
+    /// What the pagers do that serve memory of machines. One that does not answer is waited for only briefly.
+    pub async fn pagers(&self) -> Vec<PagerReport> {
+        pagers::report(&self.shared).await
     }
 
     /// Asks for an image; its digest is known when this returns, the rest happens in the background.

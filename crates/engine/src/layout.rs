@@ -38,12 +38,7 @@ impl Layout {
         let root = root
             .canonicalize()
             .map_err(|error| EngineError::io("data directory", error))?;
-        let below = root.join("run");
-        let runtime = if below.as_os_str().len() <= MAX_RUNTIME_ROOT {
-            below
-        } else {
-            short_runtime(&root)
-        };
+        let runtime = runtime_of(&root);
         let layout = Self { root, runtime };
         for directory in [
             layout.runtime.clone(),
@@ -146,6 +141,16 @@ impl Layout {
     }
 }
 
+/// The runtime directory of a data directory, whether that exists yet or not.
+pub(crate) fn runtime_of(root: &Path) -> PathBuf {
+    let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+    let below = root.join("run");
+    match below.as_os_str().len() <= MAX_RUNTIME_ROOT {
+        true => below,
+        false => short_runtime(&root),
+    }
+}
+
 /// A short directory that two servers with different data never share.
 fn short_runtime(root: &Path) -> PathBuf {
     let digest = blake3::hash(root.as_os_str().as_encoded_bytes()).to_hex();
@@ -199,6 +204,11 @@ mod tests {
         let socket = layout
             .instance_runtime("abcdefghijklmnopqrstuvwx")
             .join("monitor.sock");
+        assert_eq!(
+            runtime_of(&deep),
+            layout.runtime(),
+            "it is found from outside too"
+        );
         assert!(socket.as_os_str().len() < 108, "{}", socket.display());
         std::fs::remove_dir_all(layout.runtime()).unwrap();
     }

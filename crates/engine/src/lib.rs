@@ -26,6 +26,7 @@ mod images;
 mod instances;
 mod layout;
 mod options;
+mod pagers;
 mod paging;
 mod random;
 mod resources;
@@ -36,6 +37,7 @@ pub use capabilities::{HostCapabilities, RuntimeCapabilities};
 pub use engine::Engine;
 pub use error::EngineError;
 pub use events::{CursorRefusal, Event, EventKind, EventListener, ListenerEnd};
+pub use hypeman_pager::{CacheStats, Latency, MachineState};
 pub use images::{CreateImage, Image, ImageStatus, RegistryManifest};
 pub use instances::{
     CreateInstance, Expiry, Instance, InstanceFilter, InstanceRecord, InstanceStats, InstanceUpdate,
@@ -43,6 +45,7 @@ pub use instances::{
     WaitOutcome,
 };
 pub use options::{EngineOptions, ImageOptions, Limits, LogOptions, SnapshotOptions};
+pub use pagers::{MachineNumbers, PagedMachine, PagerNumbers, PagerReport, pager_directory};
 pub use paging::{PagingMode, PagingOptions};
 pub use resources::{DiskUse, ResourceReport, Usage};
 pub use snapshots::{

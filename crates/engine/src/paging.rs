@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hypeman_pager::{
-    Condition, MachineState, Pager, PagerError, PagerEvent, PagerOptions, RefusedCode, Registration, Served,
+    Condition, MachineState, Pager, PagerClient, PagerError, PagerEvent, PagerOptions, RefusedCode,
+    Registration, Served,
 };
 use hypeman_snapshots::MemoryId;
 use hypeman_vmm::{Machine, VmmKind};
@@ -243,6 +244,11 @@ impl Paging {
         };
         let silent = *client.condition().borrow() == Condition::Silent;
         silent && client.machines().iter().any(|served| served == name)
+    }
+
+    /// All pagers that live.
+    pub(crate) fn clients(&self) -> Vec<Arc<PagerClient>> {
+        self.pager.clients()
     }
 
     fn events(&self) -> broadcast::Receiver<PagerEvent> {

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -89,6 +89,8 @@ impl Shared {
 pub struct PagerClient {
     shared: Arc<Shared>,
     hello: Hello,
+    /// It said so at first, or was told to since.
+    draining: AtomicBool,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
@@ -125,6 +127,7 @@ impl PagerClient {
                 draining: false,
                 machines: Vec::new(),
             },
+            draining: AtomicBool::new(false),
             tasks: vec![reader],
         };
         let release = release.to_owned();
@@ -142,6 +145,7 @@ impl PagerClient {
                 .entry(machine.machine.clone())
                 .or_insert(machine.state.clone());
         }
+        client.draining = AtomicBool::new(hello.draining);
         client.hello = hello;
         client
             .tasks
@@ -159,6 +163,12 @@ impl PagerClient {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.hello.pid
+    }
+
+    /// Whether it takes no more machines.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
     }
 
     /// Whether it can be relied on, now and later.
@@ -286,7 +296,10 @@ impl PagerClient {
     pub async fn drain(&self) -> Result<(), PagerError> {
         match self.ask(Request::Drain).await {
             // It may end before it answers.
-            Ok(_) | Err(PagerError::Gone(_)) => Ok(()),
+            Ok(_) | Err(PagerError::Gone(_)) => {
+                self.draining.store(true, Ordering::SeqCst);
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }
@@ -303,6 +316,17 @@ async fn ask_health(shared: &Shared) -> Result<Health, PagerError> {
     }
 }
 
+/// A question that waits for its answer, until this is dropped: who gives up leaves nothing behind.
+struct Waiting<'a>(&'a Shared, u64);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = &mut *self.0.pending() {
+            pending.0.remove(&self.1);
+        }
+    }
+}
+
 async fn ask(shared: &Shared, request: Request) -> Result<Reply, PagerError> {
     let id = shared.next.fetch_add(1, Ordering::Relaxed);
     let (sender, answer) = oneshot::channel();
@@ -310,6 +334,7 @@ async fn ask(shared: &Shared, request: Request) -> Result<Reply, PagerError> {
         Some(pending) => pending.0.insert(id, sender),
         None => return Err(shared.gone()),
     };
+    let _waiting = Waiting(shared, id);
     let mut line =
         serde_json::to_string(&Call { id, request }).map_err(|_| PagerError::Protocol("not a question"))?;
     line.push('\n');

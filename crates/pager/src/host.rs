@@ -136,6 +136,12 @@ impl Pager {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// All that live: the one that takes machines, and those that end in their time.
+    #[must_use]
+    pub fn clients(&self) -> Vec<Arc<PagerClient>> {
+        self.all().clone()
+    }
+
     /// What became of a machine, as far as any living pager knows.
     #[must_use]
     pub fn machine(&self, machine: &str) -> Option<MachineState> {
@@ -172,7 +178,7 @@ impl Pager {
     /// When the directory cannot be read.
     pub async fn adopt(&self) -> Result<(), PagerError> {
         let mut current = self.current.lock().await;
-        for socket in self.sockets().map_err(PagerError::Io)? {
+        for socket in sockets(&self.options.directory).map_err(PagerError::Io)? {
             match PagerClient::connect(&socket, &self.options.release).await {
                 Ok(client) => {
                     let client = self.keep(client);
@@ -205,26 +211,6 @@ impl Pager {
             }
         }
         Ok(())
-    }
-
-    fn sockets(&self) -> io::Result<Vec<PathBuf>> {
-        let entries = match std::fs::read_dir(&self.options.directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other?,
-        };
-        let mut sockets = Vec::new();
-        for entry in entries {
-            let entry = entry?;
-            let name = entry.file_name();
-            let ours = name
-                .to_str()
-                .is_some_and(|name| name.starts_with("pager-") && name.ends_with(".sock"));
-            if ours {
-                sockets.push(entry.path());
-            }
-        }
-        sockets.sort();
-        Ok(sockets)
     }
 
     /// The pager that takes machines; started when there is none.
@@ -368,6 +354,33 @@ impl Pager {
         });
         Ok(socket)
     }
+}
+
+/// Where pagers of a directory listen, or have listened, in the order of their names.
+pub(crate) fn sockets(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut sockets = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if release_of(&entry.path()).is_some() {
+            sockets.push(entry.path());
+        }
+    }
+    sockets.sort();
+    Ok(sockets)
+}
+
+/// The release in a socket's name; `None` of what is no pager's socket.
+pub(crate) fn release_of(socket: &Path) -> Option<&str> {
+    let name = socket.file_name()?.to_str()?;
+    let (release, _random) = name
+        .strip_prefix("pager-")?
+        .strip_suffix(".sock")?
+        .rsplit_once('-')?;
+    Some(release)
 }
 
 fn listen(socket: &Path) -> io::Result<UnixListener> {

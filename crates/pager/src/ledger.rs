@@ -65,6 +65,8 @@ pub(crate) fn around(page: usize, mask: u64, window: usize) -> Range<usize> {
 pub(crate) struct Ledger {
     filled: HashMap<u32, u64>,
     removed: HashMap<u32, u64>,
+    /// How many pages are filled.
+    populated: u64,
     /// The page after the last answer, counted through all of memory, and how many that one brought.
     next: u64,
     window: usize,
@@ -85,8 +87,15 @@ impl Ledger {
         Self::get(&self.filled, chunk)
     }
 
+    /// How many pages we filled that were not given back since.
+    pub(crate) fn populated(&self) -> u64 {
+        self.populated
+    }
+
     pub(crate) fn fill(&mut self, chunk: u32, pages: &Range<usize>) {
-        *self.filled.entry(chunk).or_default() |= mask_of(pages);
+        let (filled, pages) = (self.filled.entry(chunk).or_default(), mask_of(pages));
+        self.populated += u64::from((pages & !*filled).count_ones());
+        *filled |= pages;
     }
 
     /// The guest gives back a range of its RAM.
@@ -100,6 +109,7 @@ impl Ledger {
             let mask = mask_of(&(first..last));
             *self.removed.entry(chunk).or_default() |= mask;
             if let Some(filled) = self.filled.get_mut(&chunk) {
+                self.populated -= u64::from((*filled & mask).count_ones());
                 *filled &= !mask;
             }
             at = base + CHUNK_BYTES as u64;
@@ -175,6 +185,8 @@ mod tests {
                     pages.for_each(|page| model[page as usize] = (true, false));
                 }
             }
+            let filled = model.iter().filter(|(_, filled)| *filled).count();
+            prop_assert_eq!(ledger.populated(), filled as u64);
             let holes: HashMap<u32, u64> = ledger.holes().into_iter().collect();
             for (number, (removed, filled)) in model.into_iter().enumerate() {
                 let (chunk, page) = locate((number * PAGE_BYTES) as u64);

@@ -36,6 +36,7 @@ mod error;
 mod handshake;
 mod host;
 mod image;
+mod latency;
 mod ledger;
 mod machine;
 pub mod memory;
@@ -44,15 +45,18 @@ mod recorder;
 mod regions;
 mod service;
 mod session;
+mod survey;
 pub mod uffd;
 
 pub use cache::CacheStats;
 pub use client::{Condition, PagerClient, drain};
 pub use error::PagerError;
 pub use host::{Pager, PagerEvent, PagerOptions, Served};
+pub use latency::Latency;
 pub use protocol::{
     Event, Health, Hello, MAX_OVERLAY_PAGES, MachineReport, MachineState, MemoryRegion, OverlayPage,
     PROTOCOL, Refused, RefusedCode, Registration, Stats,
 };
 pub use recorder::Recording;
 pub use service::{ServiceOptions, serve};
+pub use survey::{Found, Sighting, survey};

@@ -23,6 +23,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::audience::Audience;
 use crate::cache::Cache;
 use crate::image::Image;
+use crate::latency::Latencies;
 use crate::ledger::{Ledger, PAGES, around, locate, mask_of, runs};
 use crate::protocol::{Event, MachineReport, MachineState};
 use crate::recorder::{Recorder, Recording};
@@ -88,6 +89,9 @@ pub(crate) struct Machine {
     faults: AtomicU64,
     faulted_pages: AtomicU64,
     fetched_pages: AtomicU64,
+    /// As the ledger says, for those who must not wait for it.
+    populated_pages: AtomicU64,
+    pub(crate) latencies: Latencies,
     pub(crate) working_set_chunks: AtomicU64,
 }
 
@@ -134,6 +138,8 @@ impl Machine {
             faults: AtomicU64::new(0),
             faulted_pages: AtomicU64::new(0),
             fetched_pages: AtomicU64::new(0),
+            populated_pages: AtomicU64::new(0),
+            latencies: Latencies::default(),
             working_set_chunks: AtomicU64::new(0),
         })
     }
@@ -200,6 +206,11 @@ impl Machine {
         locked(&self.ledger)
     }
 
+    /// The ledger has changed.
+    pub(crate) fn note_populated(&self, ledger: &Ledger) {
+        self.populated_pages.store(ledger.populated(), Ordering::Relaxed);
+    }
+
     pub(crate) fn recorder(&self) -> MutexGuard<'_, Option<Recorder>> {
         locked(&self.recorder)
     }
@@ -232,6 +243,8 @@ impl Machine {
     }
 
     pub(crate) fn report(&self) -> MachineReport {
+        let memory = self.image.reader().memory_bytes();
+        let populated = self.populated_pages.load(Ordering::Relaxed) * PAGE_BYTES as u64;
         MachineReport {
             machine: self.id.clone(),
             image: self.image.reader().id(),
@@ -239,6 +252,10 @@ impl Machine {
             faults: self.faults.load(Ordering::Relaxed),
             faulted_pages: self.faulted_pages.load(Ordering::Relaxed),
             fetched_pages: self.fetched_pages.load(Ordering::Relaxed),
+            memory_bytes: Some(memory),
+            // The last chunk may reach beyond the end.
+            populated_bytes: Some(populated.min(memory)),
+            latency: self.latencies.report(),
             recording: self.recording.load(Ordering::SeqCst),
             working_set_chunks: self.working_set_chunks.load(Ordering::Relaxed),
             regions: self
@@ -372,6 +389,7 @@ impl Machine {
             }
         }
         ledger.fill(chunk, &pages);
+        self.note_populated(ledger);
         Ok(())
     }
 }

@@ -7,7 +7,8 @@
 //!                                  ◄──   {"event":{…}}                       at any time after
 //! ```
 //! The versions of both may differ, because a pager outlives the server that started it. `hello` and `drain` mean the
-//! same in all of them; everything else only between two with the same [`PROTOCOL`].
+//! same in all of them; everything else only between two with the same [`PROTOCOL`]. Within one protocol, answers only
+//! grow by fields that may be absent.
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ use hypeman_snapshots::MemoryId;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::CacheStats;
+use crate::latency::Latency;
 
 /// Raised whenever an older side would misunderstand.
 pub const PROTOCOL: u32 = 1;
@@ -213,6 +215,15 @@ pub struct MachineReport {
     pub faulted_pages: u64,
     /// Pages that were there before anybody asked.
     pub fetched_pages: u64,
+    /// The size of its memory, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// How much of its memory is there, bytes. Nothing is counted any more once it has graduated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub populated_bytes: Option<u64>,
+    /// How long answers took; absent before the first fault.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Latency>,
     /// Whether its working set is being recorded.
     pub recording: bool,
     /// Chunks of the working set that is fetched ahead.
@@ -293,6 +304,32 @@ mod tests {
             panic!("a refusal");
         };
         assert_eq!(refused.code, RefusedCode::Other);
+    }
+
+    #[test]
+    fn reports_of_other_releases_are_understood() {
+        let report = |more: &str| {
+            let image = "0".repeat(32);
+            let text = format!(
+                r#"{{"machine":"m","image":"{image}","state":"serving","faults":3,"faulted_pages":24,"fetched_pages":0,
+                    "recording":false,"working_set_chunks":0{more}}}"#
+            );
+            serde_json::from_str::<MachineReport>(&text).unwrap()
+        };
+        let old = report("");
+        assert_eq!((old.state, old.faults), (MachineState::Serving, 3));
+        assert_eq!(
+            (old.memory_bytes, old.populated_bytes, old.latency),
+            (None, None, None)
+        );
+        let newer = report(
+            r#","populated_bytes":4096,"latency":{"p50_us":7,"p99_us":9,"max_us":9,"p999_us":9},"mood":{"good":true}"#,
+        );
+        assert_eq!(
+            (newer.state, newer.populated_bytes),
+            (MachineState::Serving, Some(4096))
+        );
+        assert_eq!(newer.latency.map(|latency| latency.p99_us), Some(9));
     }
 
     #[test]

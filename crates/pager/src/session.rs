@@ -21,6 +21,12 @@ use crate::machine::{Halt, Link, Machine};
 use crate::protocol::MachineState;
 use crate::uffd::{Message, Refusal};
 
+/// A fault that waits for its answer.
+struct Fault {
+    address: u64,
+    heard: Instant,
+}
+
 /// How a machine's service ended.
 enum End {
     /// The VMM hung up, or nobody wants the machine any more.
@@ -156,7 +162,7 @@ fn serve(machine: &Arc<Machine>, link: &Link, stream: &UnixStream) -> Result<End
         if memory {
             hear(machine, link, &mut faults)?;
         }
-        while let Some(address) = faults.front().copied() {
+        while let Some(&Fault { address, heard }) = faults.front() {
             let outcome = match link.regions.offset(address) {
                 Some(offset) => machine.answer(offset),
                 // Registered by the VMM and not named to us: it waits for a page that nobody has.
@@ -168,6 +174,7 @@ fn serve(machine: &Arc<Machine>, link: &Link, stream: &UnixStream) -> Result<End
             match outcome {
                 Ok(()) => {
                     faults.pop_front();
+                    machine.latencies.add(heard.elapsed());
                     machine.set_waiting(faults.len());
                 }
                 Err(Halt::Changing) => {
@@ -182,13 +189,14 @@ fn serve(machine: &Arc<Machine>, link: &Link, stream: &UnixStream) -> Result<End
 }
 
 /// Reads what the kernel says: removals are noted before anybody can fill pages again.
-fn hear(machine: &Machine, link: &Link, faults: &mut VecDeque<u64>) -> Result<(), End> {
+fn hear(machine: &Machine, link: &Link, faults: &mut VecDeque<Fault>) -> Result<(), End> {
     let mut messages = Vec::new();
     let mut ledger = machine.ledger();
     link.uffd.read(&mut messages)?;
+    let heard = Instant::now();
     for message in messages {
         match message {
-            Message::Fault { address, .. } => faults.push_back(address),
+            Message::Fault { address, .. } => faults.push_back(Fault { address, heard }),
             Message::Removed { start, end } => {
                 link.regions
                     .offsets(start..end)
@@ -202,6 +210,7 @@ fn hear(machine: &Machine, link: &Link, faults: &mut VecDeque<u64>) -> Result<()
             }
         }
     }
+    machine.note_populated(&ledger);
     drop(ledger);
     machine.set_waiting(faults.len());
     Ok(())
@@ -223,7 +232,7 @@ fn hung_up(mut stream: &UnixStream) -> Result<(), End> {
 
 /// Nothing is registered any more. A removal that began before must still be heard, or its thread would wait for ever:
 /// the kernel says whether there is one.
-fn let_go(machine: &Machine, link: &Link, faults: &mut VecDeque<u64>) -> Result<End, End> {
+fn let_go(machine: &Machine, link: &Link, faults: &mut VecDeque<Fault>) -> Result<End, End> {
     loop {
         hear(machine, link, faults)?;
         let Some(first) = link.regions.all().next() else {

@@ -146,6 +146,35 @@ async fn what_a_guest_gives_back_is_zero_when_it_asks_again() {
 }
 
 #[tokio::test]
+async fn numbers_tell_what_a_machine_has_and_how_long_it_waited() {
+    skip_unless_faults_can_be_served!();
+    let place = Place::new();
+    let client = place.connect().await;
+    let image = place.capture(&Guest::busy(), None);
+    let machine = place.machine(&client, place.registration("counted", image)).await;
+    let bytes = Some((GUEST_PAGES * PAGE_BYTES) as u64);
+    let report = async || client.stats().await.unwrap().machines.remove(0);
+
+    let fresh = report().await;
+    assert_eq!((fresh.memory_bytes, fresh.populated_bytes), (bytes, Some(0)));
+    assert_eq!((fresh.faults, fresh.latency), (0, None));
+    machine.read_all().await;
+    // Whoever asked may go on before its page is counted; settling waits for that.
+    client.settle("counted").await.unwrap();
+    let full = report().await;
+    assert_eq!(full.populated_bytes, bytes);
+    let latency = full.latency.unwrap();
+    assert!(latency.p50_us <= latency.p99_us && latency.p99_us <= latency.max_us);
+    machine.discard(100..140).await;
+    client.settle("counted").await.unwrap();
+    assert_eq!(report().await.populated_bytes, bytes, "zeros are there as well");
+    machine.discard(100..140).await;
+    assert_eq!(machine.byte(110).await, 0);
+    let fewer = report().await.populated_bytes;
+    assert!(fewer < bytes && fewer > Some(0), "{fewer:?}");
+}
+
+#[tokio::test]
 async fn page_tables_tell_the_truth_of_a_settled_machine() {
     skip_unless_faults_can_be_served!();
     let place = Place::new();

@@ -10,7 +10,8 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{Components, ContentBuilder, HttpMethod, Ref, RefOr, ResponseBuilder};
 
 use crate::handlers::{
-    events, images, instances, logs, resources, schedules, service, snapshots, standby, travel, verify,
+    events, images, instances, logs, pagers, resources, schedules, service, snapshots, standby, travel,
+    verify,
 };
 use crate::middleware::Access;
 use crate::routes::{Route, table};
@@ -24,7 +25,7 @@ use crate::routes::{Route, table};
     ),
     servers((url = "http://localhost:4973")),
     paths(
-        service::health, service::capabilities, resources::resources, events::events,
+        service::health, service::capabilities, resources::resources, pagers::list, events::events,
         images::list, images::create, images::get, images::delete, images::tag,
         instances::list, instances::create, instances::get, instances::update, instances::delete,
         instances::start, instances::stop, instances::wait, instances::stats, instances::stat,

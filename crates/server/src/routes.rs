@@ -15,8 +15,8 @@ use crate::auth::Scope::{
 };
 use crate::error::ApiError;
 use crate::handlers::{
-    copy, events, exec, images, instances, logs, resources, schedules, service, snapshots, standby, travel,
-    verify,
+    copy, events, exec, images, instances, logs, pagers, resources, schedules, service, snapshots, standby,
+    travel, verify,
 };
 use crate::linger::linger;
 use crate::middleware::{Access, Guard, envelope, guard};
@@ -100,6 +100,7 @@ pub fn table() -> Vec<Route> {
         route(Method::GET, "/health", PublicUnlessLimited(ResourceRead), QUICK, service::health),
         route(Method::GET, "/capabilities", Scoped(ResourceRead), SLOW, service::capabilities),
         route(Method::GET, "/resources", Scoped(ResourceRead), QUICK, resources::resources),
+        route(Method::GET, "/pagers", Scoped(ResourceRead), QUICK, pagers::list),
         route(Method::GET, "/events", Scoped(InstanceRead), OWN, events::events),
         route(Method::GET, "/spec.json", Public, QUICK, service::spec_json).undocumented(),
         route(Method::GET, "/spec.yaml", Public, QUICK, service::spec_yaml).undocumented(),

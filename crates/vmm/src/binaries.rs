@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
-use crate::VmmError;
+use crate::files::io_error;
+use crate::{VmmError, boot_id};
 
 const QUERY_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -223,17 +224,12 @@ pub(crate) struct Stamp {
 
 impl Stamp {
     pub(crate) fn of(path: &Path) -> Result<Self, VmmError> {
-        let context = || format!("cannot look at {}", path.display());
-        let metadata = std::fs::metadata(path).map_err(|source| VmmError::Io {
-            context: context(),
-            source,
-        })?;
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let metadata = std::fs::metadata(path).map_err(io_error("cannot look at", path))?;
         Ok(Self {
             path: path.to_owned(),
             size: metadata.len(),
             changed: (metadata.mtime(), metadata.mtime_nsec()),
-            boot_id: boot_id.trim().to_owned(),
+            boot_id: boot_id().unwrap_or_default().to_owned(),
         })
     }
 }

@@ -3,13 +3,15 @@
 //! Everything in it may come from the guest. It is shown, never obeyed.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use crate::files::{append_only, io_error};
 use crate::process::Words;
+use crate::{MachineSpec, VmmError};
 
 /// Written by us before each start, so that an older boot is not taken for this one.
-pub(crate) const START_MARK: &str = "--- hypeman starts machine ";
+const START_MARK: &str = "--- hypeman starts machine ";
 
 const PANIC_MARK: &str = "Kernel panic - not syncing";
 const RESTART_MARK: &str = "reboot: Restarting system";
@@ -24,13 +26,36 @@ const MESSAGE_CHARACTERS: usize = 300;
 #[derive(Debug, Clone)]
 pub(crate) struct Console {
     path: PathBuf,
+    /// Where this start begins in the file.
+    start: u64,
     /// What the VMM itself says, where that does not go into the same file.
     words: Option<Words>,
 }
 
 impl Console {
+    /// Of a machine that runs.
     pub(crate) fn new(path: PathBuf, words: Option<Words>) -> Self {
-        Self { path, words }
+        Self {
+            path,
+            start: 0,
+            words,
+        }
+    }
+
+    /// Of a machine that is about to start. Also returns its file, to be appended to.
+    pub(crate) fn begin(spec: &MachineSpec, words: Option<Words>) -> Result<(Self, File), VmmError> {
+        let path = &spec.vmm_log;
+        let mut log = append_only(path)?;
+        let start = log
+            .seek(SeekFrom::End(0))
+            .map_err(io_error("cannot read", path))?;
+        writeln!(log, "{START_MARK}{}", spec.id).map_err(io_error("cannot write", path))?;
+        let console = Self {
+            path: path.clone(),
+            start,
+            words,
+        };
+        Ok((console, log))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -44,9 +69,9 @@ impl Console {
         last_lines(&text)
     }
 
-    /// The last lines since an offset in the file.
-    pub(crate) fn tail_since(&self, offset: u64) -> String {
-        let text = self.read(offset);
+    /// The last lines since [`Console::begin`].
+    pub(crate) fn tail_of_start(&self) -> String {
+        let text = self.read(self.start);
         let text = text.strip_prefix(START_MARK).map_or(text.as_str(), |rest| {
             rest.split_once('\n').map_or("", |(_, after)| after)
         });

@@ -22,6 +22,8 @@ use async_trait::async_trait;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
+use crate::blocking::blocking;
+use crate::files::io_error;
 use crate::ranges::{PIECE, each_piece, without};
 use crate::{Disk, DiskCopies, DiskCopy, VmmError};
 
@@ -184,19 +186,8 @@ fn extents(file: &File, length: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(extents)
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, VmmError> + Send + 'static,
-) -> Result<T, VmmError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(failed(Path::new("a disk"), io::Error::other(error))))
-}
-
 fn failed(target: &Path, source: io::Error) -> VmmError {
-    VmmError::Io {
-        context: format!("cannot copy a disk to {}", target.display()),
-        source,
-    }
+    io_error("cannot copy a disk to", target)(source)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::VmmError;
 
@@ -30,8 +30,22 @@ pub(crate) fn append_only(path: &Path) -> Result<File, VmmError> {
         .map_err(io_error("cannot open", path))
 }
 
+/// The name of a file that belongs to another: that file's, and a suffix.
+pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Says what was being done when the host failed.
 pub(crate) fn io_error(context: &str, path: &Path) -> impl FnOnce(io::Error) -> VmmError {
-    let context = format!("{context} {}", path.display());
-    move |source| VmmError::Io { context, source }
+    VmmError::io(format!("{context} {}", path.display()))
 }

@@ -9,9 +9,11 @@
 //! - A process is never signalled by number alone: [`ProcessIdentity`] pins pid, start time and boot.
 
 mod binaries;
+mod blocking;
 mod cloud_hypervisor;
 mod console;
 mod disk_copies;
+mod error;
 mod files;
 mod firecracker;
 mod gate;
@@ -30,12 +32,14 @@ mod spec;
 mod tap;
 mod tree;
 mod turn;
+mod undo;
 mod workload_log;
 
+pub use error::VmmError;
 pub use hypeman_jail::{Item as JailItem, Jail, JailOptions, Mode as JailMode, Report as JailReport};
 pub use machine::{
     Adjust, Capabilities, DiskCopies, DiskCopy, ExitCause, ExitKind, Feature, Machine, MachineStats, Patch,
-    Restore, RunState, StateIdentity, Vmm, VmmError, VmmKind,
+    Restore, RunState, StateIdentity, Vmm, VmmKind,
 };
 pub use memory::{CopyRoom, GuestMemory};
 pub use process::{ProcessIdentity, boot_id};

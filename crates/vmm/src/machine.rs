@@ -1,4 +1,4 @@
-//! The trait that every VMM driver implements, and its errors.
+//! The traits that every VMM driver implements.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,7 +8,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::{Accelerator, AgentChannel, Disk, GuestMemory, JailReport, MachineSpec, ProcessIdentity};
+use crate::{
+    Accelerator, AgentChannel, Disk, GuestMemory, JailReport, MachineSpec, ProcessIdentity, VmmError,
+};
 
 /// The five kinds of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -142,54 +144,14 @@ pub struct ExitCause {
     pub console_tail: String,
 }
 
-/// Why a VMM could not do something.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum VmmError {
-    /// This VMM has no such ability.
-    #[error("{kind:?} does not support {feature}")]
-    Unsupported {
-        /// Which VMM.
-        kind: VmmKind,
-        /// What was asked.
-        feature: &'static str,
-    },
-    /// The machine cannot be built as described.
-    #[error("the machine cannot be built: {0}")]
-    InvalidSpec(String),
-    /// The VMM cannot run on this host.
-    #[error("{0}")]
-    Unavailable(String),
-    /// The process ended before it was usable; carries the end of its log.
-    #[error("the VMM exited during start: {0}")]
-    StartFailed(String),
-    /// The process is gone.
-    #[error("the VMM process is gone")]
-    Gone,
-    /// The control socket did not answer in time.
-    #[error("the VMM did not answer {command} within {after:?}")]
-    Unresponsive {
-        /// Command that was sent.
-        command: String,
-        /// How long was waited.
-        after: Duration,
-    },
-    /// The VMM refused a command.
-    #[error("the VMM refused {command}: {message}")]
-    Refused {
-        /// Command that was sent.
-        command: String,
-        /// The VMM's own words.
-        message: String,
-    },
-    /// Host I/O failed.
-    #[error("{context}: {source}")]
-    Io {
-        /// What was being done, with the path.
-        context: String,
-        /// The cause.
-        source: std::io::Error,
-    },
+impl ExitCause {
+    /// Of a machine that has not ended.
+    pub(crate) fn running() -> Self {
+        Self {
+            kind: ExitKind::Running,
+            console_tail: String::new(),
+        }
+    }
 }
 
 /// What a device state needs to be loaded again. Two states are interchangeable only when these are equal.
@@ -296,10 +258,7 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
 
     /// Processes of this kind of VMM that were started for this runtime directory, recorded or not. Recovery
     /// uses it after a crash between the start of a process and the record of it.
-    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
-        let _ = runtime_directory;
-        Ok(Vec::new())
-    }
+    fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError>;
 }
 
 /// A machine whose VMM process lives. Methods take `&self`: the driver serialises what must be serial.
@@ -368,12 +327,7 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     async fn exited(&self);
 
     /// Why the process ended. Reads what is known and returns at once; [`ExitKind::Running`] while it lives.
-    async fn exit_cause(&self) -> ExitCause {
-        ExitCause {
-            kind: ExitKind::Unknown,
-            console_tail: String::new(),
-        }
-    }
+    async fn exit_cause(&self) -> ExitCause;
 
     /// Continues the workload log in a fresh file at the same path, after the caller renamed the old one.
     /// No byte is lost or written twice.

@@ -18,7 +18,7 @@ use hypeman_jail::Show;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 
 use crate::VmmError;
-use crate::files::io_error;
+use crate::files::{io_error, remove_if_there};
 use crate::tree::remove_tree;
 
 const NAME: &str = "vmm";
@@ -73,10 +73,7 @@ impl OwnDirectory {
 
     /// Removes a file, if it is there.
     pub(crate) fn forget(&self, name: &str) -> io::Result<()> {
-        match fs::remove_file(self.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove_if_there(&self.join(name))
     }
 
     /// Reads a file that the VMM wrote, which has at most `limit` bytes and some.

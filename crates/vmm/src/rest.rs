@@ -16,13 +16,12 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
 use crate::VmmError;
+use crate::files::io_error;
 use crate::process::ProcessHandle;
 use crate::socket::connect_to_vmm;
 
 /// How long a call may take that does its work at once.
 pub(crate) const CALL_DEADLINE: Duration = Duration::from_secs(10);
-/// Time between the end of the socket and the end of the process that held it.
-const END_GRACE: Duration = Duration::from_secs(1);
 /// Far above what a VMM says.
 const ANSWER_LIMIT: usize = 4 << 20;
 /// What is shown of a VMM's words.
@@ -76,24 +75,13 @@ impl RestClient {
         match tokio::time::timeout(deadline, self.exchange(method, path, body)).await {
             Ok(Ok((true, answer))) if answer.is_empty() => Ok(Value::Null),
             Ok(Ok((true, answer))) => {
-                serde_json::from_slice(&answer).map_err(|error| refused(&command, error.to_string()))
+                serde_json::from_slice(&answer).map_err(|error| VmmError::refused(command, error.to_string()))
             }
-            Ok(Ok((false, answer))) => Err(refused(&command, words(&answer))),
-            Ok(Err(failure)) => {
-                let ended = tokio::time::timeout(END_GRACE, self.process.ended()).await;
-                match (ended, failure) {
-                    (Ok(_), _) => Err(VmmError::Gone),
-                    (Err(_), Failure::Connect(source)) => Err(VmmError::Io {
-                        context: format!("cannot connect to {}", self.socket.display()),
-                        source,
-                    }),
-                    (Err(_), failure) => Err(refused(&command, failure.to_string())),
-                }
-            }
-            Err(_) => Err(VmmError::Unresponsive {
-                command,
-                after: deadline,
-            }),
+            Ok(Ok((false, answer))) => Err(VmmError::refused(command, words(&answer))),
+            Ok(Err(_)) if self.process.ends_soon().await => Err(VmmError::Gone),
+            Ok(Err(Failure::Connect(source))) => Err(io_error("cannot connect to", &self.socket)(source)),
+            Ok(Err(failure)) => Err(VmmError::refused(command, failure.to_string())),
+            Err(_) => Err(VmmError::unresponsive(command, deadline)),
         }
     }
 
@@ -120,13 +108,6 @@ impl RestClient {
         let body = Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await;
         connection.abort();
         Ok((good, body.map_err(Failure::Answer)?.to_bytes()))
-    }
-}
-
-fn refused(command: &str, message: String) -> VmmError {
-    VmmError::Refused {
-        command: command.to_owned(),
-        message,
     }
 }
 

@@ -1,7 +1,9 @@
-//! Sockets of VMMs: waiting for one that a starting VMM makes by itself, the way to the guest, and no way elsewhere.
+//! Sockets of VMMs: one that a VMM inherits, waiting for one that it makes by itself, the way to the guest, and no way
+//! elsewhere.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,8 +11,9 @@ use rustix::fs::Mode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use crate::files::{io_error, remove_if_there};
 use crate::own_directory::hold_socket;
-use crate::{AgentChannel, VmmError, files::io_error};
+use crate::{AgentChannel, VmmError};
 
 /// The first pause; a VMM that takes longer is looked at less often.
 const SOON: Duration = Duration::from_micros(500);
@@ -51,6 +54,14 @@ impl AgentChannel {
     }
 }
 
+/// Makes a socket for a VMM to inherit: calls wait in its queue from the first instant.
+pub(crate) fn listen_for_vmm(socket: &Path) -> Result<OwnedFd, VmmError> {
+    remove_if_there(socket).map_err(io_error("cannot remove", socket))?;
+    UnixListener::bind(socket)
+        .map(OwnedFd::from)
+        .map_err(io_error("cannot listen on", socket))
+}
+
 /// Lets a VMM with a user of its own connect to our socket. Only the VMM and we can enter the directory.
 pub(crate) fn open_to_vmm(socket: &Path) -> io::Result<()> {
     let held = hold_socket(socket)?;
@@ -81,9 +92,6 @@ pub(crate) async fn until_it_listens(socket: &Path, deadline: Duration) -> Resul
     };
     match tokio::time::timeout(deadline, attempts).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(VmmError::Unresponsive {
-            command: "connect".to_owned(),
-            after: deadline,
-        }),
+        Err(_) => Err(VmmError::unresponsive("connect", deadline)),
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::files::io_error;
 use crate::{VmmError, VmmKind};
 
 /// One virtual machine, complete. Paths are absolute and made by the server, never by clients.
@@ -120,6 +121,22 @@ impl MachineSpec {
         }
         if !self.host_devices.is_empty() {
             return unsupported("devices of the host");
+        }
+        Ok(())
+    }
+
+    /// Refuses a memory file that has not `needed` bytes: a mapping beyond its end would end the VMM at the guest's first
+    /// look. Some VMMs would also make a file that is not there.
+    pub(crate) fn check_memory_file(&self, needed: u64) -> Result<(), VmmError> {
+        let MemoryBacking::Private(path) = &self.memory else {
+            return Ok(());
+        };
+        let about = std::fs::metadata(path).map_err(io_error("cannot look at", path))?;
+        if !about.is_file() || about.len() < needed {
+            return Err(VmmError::InvalidSpec(format!(
+                "{} is no file of {needed} bytes of memory",
+                path.display()
+            )));
         }
         Ok(())
     }

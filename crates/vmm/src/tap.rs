@@ -13,10 +13,7 @@ use crate::VmmError;
 
 /// Attaches to the TAP of this name.
 pub(crate) fn open(name: &str) -> Result<OwnedFd, VmmError> {
-    attach(name).map_err(|source| VmmError::Io {
-        context: format!("cannot open the TAP {name}"),
-        source,
-    })
+    attach(name).map_err(VmmError::io(format!("cannot open the TAP {name}")))
 }
 
 fn attach(name: &str) -> io::Result<OwnedFd> {

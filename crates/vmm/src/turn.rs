@@ -23,7 +23,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::VmmError;
-use crate::files::io_error;
+use crate::blocking::blocking;
+use crate::files::{beside, io_error};
 
 /// Where a VMM writes its console.
 const STANDARD_OUTPUT: i32 = 1;
@@ -32,7 +33,7 @@ const STANDARD_OUTPUT: i32 = 1;
 /// nothing is left to be done.
 pub(crate) async fn begin(pid: u32, path: &Path) -> Result<Option<Turn>, VmmError> {
     let name = path.to_owned();
-    let moving = move || {
+    let moving = move || -> io::Result<Option<Turn>> {
         let Some(mut turn) = Turn::begin(pid, STANDARD_OUTPUT, &name)? else {
             return Ok(None);
         };
@@ -43,15 +44,9 @@ pub(crate) async fn begin(pid: u32, path: &Path) -> Result<Option<Turn>, VmmErro
 
 /// Moves the rest, of a machine that stands still.
 pub(crate) async fn finish(turn: Turn, path: &Path) -> Result<(), VmmError> {
-    blocking(|| turn.finish())
+    blocking(move || turn.finish())
         .await
         .map_err(io_error("cannot rotate", path))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// A rotation under way.
@@ -144,9 +139,7 @@ impl Turn {
     }
 
     fn fresh(&self) -> PathBuf {
-        let mut fresh = self.name.as_os_str().to_owned();
-        fresh.push(".new");
-        PathBuf::from(fresh)
+        beside(&self.name, ".new")
     }
 }
 

@@ -9,6 +9,7 @@ pub mod inspect;
 pub mod lifecycle;
 pub mod logs;
 pub mod pager;
+pub mod pagers;
 pub mod ps;
 pub mod push;
 pub mod run;
@@ -109,6 +110,7 @@ pub fn dispatch(cli: Cli) -> Result<u8, CliError> {
             online(global, async |context| done(service::capabilities(context).await))
         }
         Command::Resources(_) => online(global, async |context| done(service::resources(context).await)),
+        Command::Pagers(_) => online(global, async |context| done(pagers::run(context).await)),
     }
 }
 

@@ -4,6 +4,7 @@
 //! could be unpacked, a file system feature when it was used. Nothing stays behind.
 
 mod host;
+mod pagers;
 mod storage;
 
 use std::path::PathBuf;
@@ -133,6 +134,7 @@ pub(crate) async fn examine(subject: &Subject) -> Result<Vec<Check>, CliError> {
     checks.push(host::cgroups());
     checks.push(host::open_files());
     checks.extend(storage::examine(&values, &data));
+    checks.push(pagers::examine(&data).await);
     checks.push(host::port(&values));
     checks.push(host::secret(&values));
     Ok(checks)

@@ -6,6 +6,7 @@ pub mod exec;
 pub mod images;
 pub mod instances;
 pub mod logs;
+pub mod pagers;
 pub mod resources;
 pub mod schedules;
 pub mod service;

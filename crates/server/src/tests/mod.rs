@@ -4,6 +4,7 @@ mod authorization;
 mod document;
 mod envelopes;
 mod events;
+mod pagers;
 mod registry;
 mod snapshots;
 mod streams;

@@ -3,11 +3,12 @@
 use std::io;
 
 use async_trait::async_trait;
-use hypeman_jail::{JailError, Show, hide_from, show_to};
+use hypeman_jail::{Show, hide_from, show_to};
 use serde_json::json;
 
 use super::config::{self, ZONE};
 use super::machine::CloudHypervisorMachine;
+use crate::blocking::blocking;
 use crate::files::io_error;
 use crate::rest::CALL_DEADLINE;
 use crate::{Adjust, Disk, Machine, VmmError};
@@ -37,7 +38,7 @@ impl Adjust for CloudHypervisorMachine {
             false => Show::own(&disk.path),
         };
         let pid = self.process().pid;
-        in_its_jail(move || show_to(pid, &show))
+        blocking(move || show_to(pid, &show).map_err(io::Error::other))
             .await
             .map_err(io_error("cannot show its VMM", &disk.path))?;
         let added = self
@@ -75,16 +76,8 @@ impl CloudHypervisorMachine {
     /// Takes the file of a disk from the sight of the VMM.
     async fn hide(&self, disk: &Disk) -> Result<(), VmmError> {
         let (pid, path) = (self.process().pid, disk.path.clone());
-        in_its_jail(move || hide_from(pid, &path))
+        blocking(move || hide_from(pid, &path).map_err(io::Error::other))
             .await
             .map_err(io_error("cannot hide from its VMM", &disk.path))
-    }
-}
-
-/// Does what is laborious in the view of a VMM on a thread that may wait.
-async fn in_its_jail(work: impl FnOnce() -> Result<(), JailError> + Send + 'static) -> io::Result<()> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(outcome) => outcome.map_err(io::Error::other),
-        Err(error) => Err(io::Error::other(error)),
     }
 }

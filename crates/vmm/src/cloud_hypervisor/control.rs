@@ -74,10 +74,10 @@ impl Control {
             "Running" => Ok(RunState::Running),
             "Shutdown" => Ok(RunState::Shutdown),
             "Paused" | "BreakPoint" => Ok(RunState::Paused),
-            other => Err(VmmError::Refused {
-                command: "vm.info".to_owned(),
-                message: format!("its state is {other:?}, which is none"),
-            }),
+            other => Err(VmmError::refused(
+                "vm.info",
+                format!("its state is {other:?}, which is none"),
+            )),
         }
     }
 

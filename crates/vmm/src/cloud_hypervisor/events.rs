@@ -10,6 +10,7 @@
 //! Invariant: a machine that resets is ended. Cloud Hypervisor would boot it again.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,8 +20,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
-use std::os::fd::OwnedFd;
-
+use crate::files::remove_if_there;
 use crate::process::ProcessHandle;
 
 /// Name of the pipe in the runtime directory. Its path on the command line marks the process as ours.
@@ -52,10 +52,7 @@ pub(super) struct Told {
 impl Told {
     /// Makes the pipe, and gives the end that the process is to hold.
     pub(super) fn pipe(path: &Path) -> io::Result<OwnedFd> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_if_there(path)?;
         rustix::fs::mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR)?;
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(rustix::fs::open(path, flags, Mode::empty())?)

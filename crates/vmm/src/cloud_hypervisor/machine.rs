@@ -1,21 +1,20 @@
 //! A machine in a Cloud Hypervisor process.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use hypeman_guest_api::AGENT_VSOCK_PORT;
 use tokio::sync::OnceCell;
 
-use super::CannotSave;
-use super::capture::{self, PLACE_FILE};
-use super::config::{API_SOCKET, VSOCK_SOCKET};
+use super::config::VSOCK_SOCKET;
 use super::control::Control;
-use super::events::PIPE;
+use super::{CannotSave, capture, remove_files};
+use crate::blocking::blocking;
 use crate::console::Console;
 use crate::own_directory::OwnDirectory;
-use crate::process::{Ended, resident_and_cpu};
+use crate::process::Ended;
 use crate::{
     Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
     MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, WorkloadLog,
@@ -38,7 +37,6 @@ pub(super) struct CloudHypervisorMachine {
     memory: OnceCell<GuestMemory>,
     jail: Option<JailReport>,
     cannot_save: CannotSave,
-    killed: AtomicBool,
 }
 
 impl CloudHypervisorMachine {
@@ -60,7 +58,6 @@ impl CloudHypervisorMachine {
             memory: OnceCell::new_with(memory),
             jail: None,
             cannot_save,
-            killed: AtomicBool::new(false),
         }
     }
 
@@ -78,24 +75,16 @@ impl CloudHypervisorMachine {
         OwnDirectory::of(&self.spec.runtime_directory)
     }
 
-    fn remove_files(&self) {
-        let _ = self.own().remove();
-        for name in [API_SOCKET, PIPE, PLACE_FILE] {
-            let _ = std::fs::remove_file(self.spec.runtime_directory.join(name));
-        }
-    }
-
     /// Why it ended, from what events, the kernel and, last, the console said.
     fn exit_kind(&self, ended: Ended) -> ExitKind {
         let told = self.control.told().ending();
-        let killed = self.killed.load(Ordering::Acquire);
         let message = self.console.panic_message();
         match ended {
             _ if told.panicked => ExitKind::Panic { message },
             // A kernel without a driver for the panic device says so on the console, and resets.
             _ if told.reset && message.is_some() => ExitKind::Panic { message },
             _ if told.reset => ExitKind::Reset,
-            _ if killed => ExitKind::Stopped,
+            _ if self.control.process().was_stopped() => ExitKind::Stopped,
             Ended::Signal(number) => ExitKind::Signal { number },
             Ended::Code(0) if told.shut_down => ExitKind::PowerOff,
             Ended::Code(code) if code != 0 && message.is_none() => ExitKind::Code { code },
@@ -144,13 +133,12 @@ impl Machine for CloudHypervisorMachine {
     async fn guest_memory(&self) -> Result<GuestMemory, VmmError> {
         let find = || async {
             let (spec, process) = (self.spec.clone(), Arc::clone(self.control.process()));
-            let outcome = tokio::task::spawn_blocking(move || capture::known_memory(&spec, &process)).await;
-            outcome
-                .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-                .map_err(|source| VmmError::Io {
-                    context: format!("cannot look at the memory of process {}", self.process().pid),
-                    source,
-                })
+            blocking(move || capture::known_memory(&spec, &process))
+                .await
+                .map_err(VmmError::io(format!(
+                    "cannot look at the memory of process {}",
+                    self.process().pid
+                )))
         };
         self.memory.get_or_try_init(find).await.cloned()
     }
@@ -181,16 +169,8 @@ impl Machine for CloudHypervisorMachine {
     }
 
     async fn kill(&self) -> Result<(), VmmError> {
-        let process = self.control.process();
-        if process.ended_now().is_none() {
-            self.killed.store(true, Ordering::Release);
-            process.kill().map_err(|source| VmmError::Io {
-                context: format!("cannot kill process {}", process.identity().pid),
-                source,
-            })?;
-            process.ended().await;
-        }
-        self.remove_files();
+        self.control.process().stop().await?;
+        remove_files(&self.spec.runtime_directory);
         Ok(())
     }
 
@@ -202,10 +182,7 @@ impl Machine for CloudHypervisorMachine {
 
     async fn exit_cause(&self) -> ExitCause {
         let Some(ended) = self.control.process().ended_now() else {
-            return ExitCause {
-                kind: ExitKind::Running,
-                console_tail: String::new(),
-            };
+            return ExitCause::running();
         };
         // The last events may still be on their way through the pipe; the reader ends when it is empty.
         self.control.drained().await;
@@ -233,10 +210,6 @@ impl Machine for CloudHypervisorMachine {
     }
 
     fn stats(&self) -> Result<MachineStats, VmmError> {
-        let process = self.control.process();
-        if process.ended_now().is_some() || !process.identity().is_alive() {
-            return Err(VmmError::Gone);
-        }
-        resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
+        self.control.process().usage()
     }
 }

@@ -21,9 +21,8 @@ mod restore;
 mod state;
 
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +31,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hypeman_guest_api::LOG_VSOCK_PORT;
 use hypeman_jail::{Jail, Show};
+use serde_json::Value;
 
 use self::config::{API_SOCKET, Abilities, BOOT_KERNEL, Start, VSOCK_SOCKET};
 use self::control::Control;
@@ -39,18 +39,18 @@ use self::events::{PIPE, Told};
 use self::machine::CloudHypervisorMachine;
 use self::restore::Prepared;
 use crate::binaries::{Binaries, Binary, Version};
-use crate::console::{self, Console};
-use crate::files::{append_only, io_error};
+use crate::blocking::blocking;
+use crate::console::Console;
+use crate::files::io_error;
 use crate::gate::KvmGate;
 use crate::own_directory::OwnDirectory;
 use crate::probe::processor_abilities;
-use crate::process::{
-    ByName, Detached, KillOnDrop, ProcessHandle, Words, note_own_filter, processes_with_argument,
-    spawn_detached,
-};
+use crate::process::{ByName, ProcessHandle, Starting, Words, processes_with_argument};
+use crate::socket::listen_for_vmm;
+use crate::undo::Undo;
 use crate::{
-    Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, ProcessIdentity,
-    Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions, WorkloadLog,
+    Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, Patch,
+    ProcessIdentity, Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions, WorkloadLog,
 };
 
 const NAME: &str = "Cloud Hypervisor";
@@ -134,41 +134,19 @@ impl CloudHypervisor {
         spec: &MachineSpec,
         restore: Option<Restore>,
     ) -> Result<CloudHypervisorMachine, VmmError> {
-        check_memory(spec)?;
-        let abilities = abilities(binary.version);
-        let mut made = Made::new(&spec.runtime_directory);
+        spec.check_memory_file(config::memory_bytes(spec))?;
+        let directory = spec.runtime_directory.clone();
+        let made = Undo::by(move || remove_files(&directory));
         let own = OwnDirectory::of(&spec.runtime_directory);
         own.make()?;
         // It opens the initramfs of a machine that goes on, too. Beside its disks it writes nothing but its own words.
         let (kind, program) = (VmmKind::CloudHypervisor, &binary.path);
         let mut start = ByName::prepare(&self.jail, kind, program, spec, &own, true, 0).await?;
-        let (work, patch) = match restore {
-            None => {
-                let description = config::config(spec, abilities, Start::Boot)?;
-                let kernel = own.join(BOOT_KERNEL);
-                std::os::unix::fs::symlink(&spec.kernel, &kernel)
-                    .map_err(io_error("cannot make", &kernel))?;
-                (Work::Boot(description), None)
-            }
-            Some(restore) => {
-                let Restore {
-                    device_state, patch, ..
-                } = restore;
-                let seen = MachineSpec {
-                    memory: start.memory.clone(),
-                    ..spec.clone()
-                };
-                let has_patch = patch.is_some();
-                let prepare =
-                    move || Prepared::new(&seen, abilities, &device_state, has_patch).map(Work::Restore);
-                let prepared = tokio::task::spawn_blocking(prepare).await;
-                let prepared = prepared.map_err(|error| VmmError::StartFailed(error.to_string()))?;
-                (prepared?, patch)
-            }
-        };
+        let work = Work::prepare(spec, &start.memory, abilities(binary.version), restore).await?;
+
         let socket = spec.runtime_directory.join(API_SOCKET);
         let pipe_path = spec.runtime_directory.join(PIPE);
-        let listener = listen(&socket)?;
+        let listener = listen_for_vmm(&socket)?;
         let pipe = Told::pipe(&pipe_path).map_err(io_error("cannot make", &pipe_path))?;
         let arguments = vec![
             "--api-socket".into(),
@@ -179,69 +157,17 @@ impl CloudHypervisor {
         start.keep.extend([listener, pipe]);
         start.shows(Show::own(&pipe_path));
         let workload_log = listen_for_log(spec)?;
-        let mut log = append_only(&spec.vmm_log)?;
-        let log_start = log
-            .seek(SeekFrom::End(0))
-            .map_err(io_error("cannot read", &spec.vmm_log))?;
-        writeln!(log, "{}{}", console::START_MARK, spec.id)
-            .map_err(io_error("cannot write", &spec.vmm_log))?;
-        let words_failed = |source| VmmError::Io {
-            context: format!("cannot make room for what {NAME} says"),
-            source,
-        };
-        let words = Words::new().map_err(words_failed)?;
-        let errors = Some(words.writer().map_err(words_failed)?);
-        let console = Console::new(spec.vmm_log.clone(), Some(words));
+        let (words, errors) = Words::begin()?;
+        let (console, log) = Console::begin(spec, Some(words))?;
 
-        let spawned = tokio::task::spawn_blocking(move || {
-            spawn_detached(Detached {
-                program: &start.program,
-                arguments,
-                directory: Path::new("/"),
-                output: log,
-                errors,
-                keep: &start.keep,
-                forbid_holes: false,
-                jail: start.jail,
-                restraint: start.restraint,
-            })
-        })
-        .await
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let spawned = spawned.map_err(io_error("cannot start", &binary.path))?;
-        let failed = || VmmError::StartFailed(console.tail_since(log_start));
-        let process = match ProcessHandle::of_child(spawned.pid) {
-            Ok(process) => Arc::new(process),
-            Err(error) => {
-                tracing::debug!(%error, "Cloud Hypervisor ended before it could be looked at");
-                return Err(failed());
-            }
-        };
-        let guard = KillOnDrop::of(&process);
+        let program = start.detached(arguments, Path::new("/"), log, Some(errors));
+        let starting = Starting::spawn(VmmKind::CloudHypervisor, program, &console).await?;
+        let process = starting.process();
         let told =
-            Told::listen(&pipe_path, Arc::clone(&process)).map_err(io_error("cannot open", &pipe_path))?;
-        let control = Arc::new(Control::new(socket, Arc::clone(&process), told));
-        let ready = work.carry_out(&control, spec, patch);
-        let outcome = tokio::select! {
-            biased;
-            outcome = ready => outcome,
-            _ = process.ended() => Err(VmmError::Gone),
-        };
-        let memory = match outcome {
-            Ok(memory) => memory,
-            Err(error) => {
-                process.kill().map_err(io_error("cannot kill", &binary.path))?;
-                process.ended().await;
-                return Err(match error {
-                    VmmError::Gone => failed(),
-                    VmmError::Refused { message, .. } => VmmError::StartFailed(message),
-                    error => error,
-                });
-            }
-        };
-        let jail = note_own_filter(spawned, &self.jail, VmmKind::CloudHypervisor).await?;
-        guard.forget();
-        made.keep();
+            Told::listen(&pipe_path, Arc::clone(process)).map_err(io_error("cannot open", &pipe_path))?;
+        let control = Arc::new(Control::new(socket, Arc::clone(process), told));
+        let (memory, jail) = starting.until(work.carry_out(&control, spec)).await?;
+        made.forget();
         let identity = identity_of(&binary);
         let machine = CloudHypervisorMachine::new(
             control,
@@ -300,13 +226,7 @@ impl Vmm for CloudHypervisor {
         process: &ProcessIdentity,
         identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
-        let handle = ProcessHandle::of_recorded(process)
-            .map_err(|source| VmmError::Io {
-                context: format!("cannot look at process {}", process.pid),
-                source,
-            })?
-            .ok_or(VmmError::Gone)?;
-        let handle = Arc::new(handle);
+        let handle = ProcessHandle::adopt(process)?;
         let pipe = spec.runtime_directory.join(PIPE);
         let told = Told::listen(&pipe, Arc::clone(&handle)).unwrap_or_else(|error| {
             tracing::warn!(machine = spec.id, %error, "an adopted machine will not say why it ends");
@@ -327,50 +247,64 @@ impl Vmm for CloudHypervisor {
     }
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
-        processes_with_argument(&event_argument(runtime_directory), |executable| {
-            executable
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(PROGRAM))
-        })
-        .map_err(io_error("cannot scan", Path::new("/proc")))
+        processes_with_argument(PROGRAM, &event_argument(runtime_directory))
+            .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
 
 /// What a fresh process is told to do.
 enum Work {
-    Boot(serde_json::Value),
-    Restore(Prepared),
+    Boot(Value),
+    Restore(Prepared, Option<Patch>),
 }
 
 impl Work {
-    async fn carry_out(
-        self,
-        control: &Control,
+    /// Makes the files that it takes. `memory`: that of the machine, as the process sees it.
+    async fn prepare(
         spec: &MachineSpec,
-        patch: Option<crate::Patch>,
-    ) -> Result<GuestMemory, VmmError> {
-        match self {
-            Self::Restore(prepared) => prepared.load(control, spec, patch).await,
-            Self::Boot(description) => {
-                control
-                    .order("vm.create", Some(&description), START_DEADLINE)
-                    .await?;
-                control.order("vm.boot", None, START_DEADLINE).await?;
-                let own = OwnDirectory::of(&spec.runtime_directory);
-                own.forget(BOOT_KERNEL)
-                    .map_err(io_error("cannot clear", own.path()))?;
-                let (spec, process) = (spec.clone(), Arc::clone(control.process()));
-                let find = move || capture::booted_memory(&spec, &process);
-                let found = tokio::task::spawn_blocking(find).await;
-                found
-                    .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-                    .map_err(|source| VmmError::Io {
-                        context: "cannot find the memory of the machine".to_owned(),
-                        source,
-                    })
-            }
-        }
+        memory: &MemoryBacking,
+        abilities: Abilities,
+        restore: Option<Restore>,
+    ) -> Result<Self, VmmError> {
+        let Some(restore) = restore else {
+            let description = config::config(spec, abilities, Start::Boot)?;
+            let kernel = OwnDirectory::of(&spec.runtime_directory).join(BOOT_KERNEL);
+            symlink(&spec.kernel, &kernel).map_err(io_error("cannot make", &kernel))?;
+            return Ok(Self::Boot(description));
+        };
+        let Restore {
+            device_state, patch, ..
+        } = restore;
+        let seen = MachineSpec {
+            memory: memory.clone(),
+            ..spec.clone()
+        };
+        let has_patch = patch.is_some();
+        let prepared = blocking(move || Prepared::new(&seen, abilities, &device_state, has_patch)).await?;
+        Ok(Self::Restore(prepared, patch))
     }
+
+    async fn carry_out(self, control: &Control, spec: &MachineSpec) -> Result<GuestMemory, VmmError> {
+        let outcome = match self {
+            Self::Boot(description) => boot(control, spec, &description).await,
+            Self::Restore(prepared, patch) => prepared.load(control, spec, patch).await,
+        };
+        outcome.map_err(VmmError::of_start)
+    }
+}
+
+async fn boot(control: &Control, spec: &MachineSpec, description: &Value) -> Result<GuestMemory, VmmError> {
+    control
+        .order("vm.create", Some(description), START_DEADLINE)
+        .await?;
+    control.order("vm.boot", None, START_DEADLINE).await?;
+    let own = OwnDirectory::of(&spec.runtime_directory);
+    own.forget(BOOT_KERNEL)
+        .map_err(io_error("cannot clear", own.path()))?;
+    let (spec, process) = (spec.clone(), Arc::clone(control.process()));
+    blocking(move || capture::booted_memory(&spec, &process))
+        .await
+        .map_err(VmmError::io("cannot find the memory of the machine"))
 }
 
 fn abilities(version: Version) -> Abilities {
@@ -433,59 +367,12 @@ fn event_argument(runtime_directory: &Path) -> std::ffi::OsString {
     word
 }
 
-/// Removes what a start has made, if it fails.
-struct Made(Option<PathBuf>);
-
-impl Made {
-    fn new(runtime_directory: &Path) -> Self {
-        Self(Some(runtime_directory.to_owned()))
+/// Removes everything of a machine that is gone.
+fn remove_files(runtime_directory: &Path) {
+    let _ = OwnDirectory::of(runtime_directory).remove();
+    for name in [API_SOCKET, PIPE, capture::PLACE_FILE] {
+        let _ = fs::remove_file(runtime_directory.join(name));
     }
-
-    fn keep(&mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        let Some(directory) = &self.0 else { return };
-        let _ = OwnDirectory::of(directory).remove();
-        for name in [API_SOCKET, PIPE, capture::PLACE_FILE] {
-            let _ = fs::remove_file(directory.join(name));
-        }
-    }
-}
-
-/// A mapping beyond the end of its file would end the process at the guest's first look.
-fn check_memory(spec: &MachineSpec) -> Result<(), VmmError> {
-    let MemoryBacking::Private(path) = &spec.memory else {
-        return Ok(());
-    };
-    let about = fs::metadata(path).map_err(io_error("cannot look at", path))?;
-    let needed = config::memory_bytes(spec);
-    if !about.is_file() || about.len() < needed {
-        return Err(VmmError::InvalidSpec(format!(
-            "{} is no file of {needed} bytes of memory",
-            path.display()
-        )));
-    }
-    Ok(())
-}
-
-fn remove(path: &Path) -> Result<(), VmmError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(io_error("cannot remove", path)(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn listen(path: &Path) -> Result<OwnedFd, VmmError> {
-    remove(path)?;
-    UnixListener::bind(path)
-        .map(OwnedFd::from)
-        .map_err(io_error("cannot listen on", path))
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use super::capture::{self, CONFIG_FILE, MEMORY_FILE, STATE_FILE, Search};
 use super::config::{self, Abilities, COMMAND_LINE_ADDRESS, Start};
 use super::control::Control;
 use super::state::{self, Captured, PAGE, StateError};
+use crate::blocking::blocking;
 use crate::files::io_error;
 use crate::memory::locate::Signature;
 use crate::own_directory::OwnDirectory;
@@ -131,13 +132,9 @@ impl Prepared {
             }
             Ok(memory)
         };
-        let outcome = tokio::task::spawn_blocking(work).await;
-        outcome
-            .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(|source| VmmError::Io {
-                context: "cannot write the memory of the restored machine".to_owned(),
-                source,
-            })
+        blocking(work)
+            .await
+            .map_err(VmmError::io("cannot write the memory of the restored machine"))
     }
 }
 

@@ -71,16 +71,14 @@ impl Files {
         self.own.join(HOLD)
     }
 
-    /// Removes what an earlier machine left and makes the links to the disks. The guard removes all again unless
-    /// it is told to forget it.
-    pub(super) fn prepare(&self, spec: &MachineSpec) -> Result<Guard, VmmError> {
-        let guard = Guard(Some(self.clone()));
+    /// Removes what an earlier machine left and makes the links to the disks.
+    pub(super) fn prepare(&self, spec: &MachineSpec) -> Result<(), VmmError> {
         self.own.make()?;
         for (index, disk_of_spec) in spec.disks.iter().enumerate() {
             let link = self.own.join(&disk(index));
             symlink(&disk_of_spec.path, &link).map_err(io_error("cannot make", &link))?;
         }
-        Ok(guard)
+        Ok(())
     }
 
     /// Removes everything of a machine that is gone.
@@ -117,24 +115,5 @@ impl Files {
     /// Lets a machine answer again that a server held when it died.
     pub(super) fn let_go_of_a_hold(&self) {
         super::hold::let_go(&self.hold());
-    }
-}
-
-/// Removes the files of a start that failed.
-#[derive(Debug)]
-pub(super) struct Guard(Option<Files>);
-
-impl Guard {
-    /// The start succeeded.
-    pub(super) fn forget(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if let Some(files) = &self.0 {
-            files.remove();
-        }
     }
 }

@@ -123,10 +123,7 @@ fn open(pipe: &Path) -> Option<std::os::fd::OwnedFd> {
 fn refusal(answer: Result<Result<serde_json::Value, VmmError>, tokio::task::JoinError>) -> VmmError {
     match answer {
         Ok(Err(error)) => error,
-        _ => VmmError::Refused {
-            command: "PUT /snapshot/create".to_owned(),
-            message: "no device state was written".to_owned(),
-        },
+        _ => VmmError::refused("PUT /snapshot/create", "no device state was written"),
     }
 }
 

@@ -14,7 +14,7 @@ use super::files::Files;
 use super::hold::{self, Hold};
 use crate::console::Console;
 use crate::memory::Segment;
-use crate::process::{Ended, resident_and_cpu};
+use crate::process::Ended;
 use crate::rest::{CALL_DEADLINE, RestClient};
 use crate::workload_log::WorkloadLog;
 use crate::{
@@ -45,7 +45,6 @@ pub(super) struct FirecrackerMachine {
     paused_unnoticed: AtomicBool,
     /// The guest was told that its connections end, and nobody here.
     disconnected: AtomicBool,
-    killed: AtomicBool,
     jail: Option<JailReport>,
 }
 
@@ -70,7 +69,6 @@ impl FirecrackerMachine {
             hold: Mutex::new(None),
             paused_unnoticed: AtomicBool::new(false),
             disconnected: AtomicBool::new(false),
-            killed: AtomicBool::new(false),
             jail: None,
         }
     }
@@ -99,21 +97,18 @@ impl FirecrackerMachine {
             .map(drop)
     }
 
+    /// Why it ended, from what the kernel and, last, the console said.
     fn exit_kind(&self, ended: Ended) -> ExitKind {
-        if self.killed.load(Ordering::Acquire) {
-            return ExitKind::Stopped;
-        }
+        let message = self.console.panic_message();
         match ended {
+            _ if self.client.process().was_stopped() => ExitKind::Stopped,
             Ended::Signal(number) => ExitKind::Signal { number },
             Ended::Code(code) if code != 0 => ExitKind::Code { code },
+            _ if message.is_some() => ExitKind::Panic { message },
             // A guest ends its machine by a reboot, whatever its reason.
-            _ => match self.console.panic_message() {
-                Some(message) => ExitKind::Panic {
-                    message: Some(message),
-                },
-                None if ended == Ended::Code(0) || self.console.shows_restart() => ExitKind::PowerOff,
-                None => ExitKind::Unknown,
-            },
+            Ended::Code(_) => ExitKind::PowerOff,
+            Ended::Unseen if self.console.shows_restart() => ExitKind::PowerOff,
+            Ended::Unseen => ExitKind::Unknown,
         }
     }
 }
@@ -185,12 +180,9 @@ impl Machine for FirecrackerMachine {
             kind: VmmKind::Firecracker,
             feature: "the capture of a machine whose memory was not found when it started",
         })?;
-        GuestMemory::open_maybe_served(Arc::clone(self.client.process()), segments).map_err(|source| {
-            VmmError::Io {
-                context: format!("cannot look at the memory of process {}", self.process().pid),
-                source,
-            }
-        })
+        GuestMemory::open_maybe_served(Arc::clone(self.client.process()), segments).map_err(VmmError::io(
+            format!("cannot look at the memory of process {}", self.process().pid),
+        ))
     }
 
     /// Firecracker tells the guest, in its memory, that its connections end here.
@@ -227,15 +219,7 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn kill(&self) -> Result<(), VmmError> {
-        let process = self.client.process();
-        if process.ended_now().is_none() {
-            self.killed.store(true, Ordering::Release);
-            process.kill().map_err(|source| VmmError::Io {
-                context: format!("cannot kill process {}", process.identity().pid),
-                source,
-            })?;
-            process.ended().await;
-        }
+        self.client.process().stop().await?;
         self.files.remove();
         Ok(())
     }
@@ -247,15 +231,12 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn exit_cause(&self) -> ExitCause {
-        match self.client.process().ended_now() {
-            None => ExitCause {
-                kind: ExitKind::Running,
-                console_tail: String::new(),
-            },
-            Some(ended) => ExitCause {
-                kind: self.exit_kind(ended),
-                console_tail: self.console.tail(),
-            },
+        let Some(ended) = self.client.process().ended_now() else {
+            return ExitCause::running();
+        };
+        ExitCause {
+            kind: self.exit_kind(ended),
+            console_tail: self.console.tail(),
         }
     }
 
@@ -279,11 +260,7 @@ impl Machine for FirecrackerMachine {
     }
 
     fn stats(&self) -> Result<MachineStats, VmmError> {
-        let process = self.client.process();
-        if process.ended_now().is_some() || !process.identity().is_alive() {
-            return Err(VmmError::Gone);
-        }
-        resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
+        self.client.process().usage()
     }
 }
 

@@ -17,7 +17,7 @@ mod files;
 mod hold;
 mod machine;
 
-use std::io::{Seek, SeekFrom, Write};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,18 +28,17 @@ use hyper::Method;
 use self::files::Files;
 use self::machine::FirecrackerMachine;
 use crate::binaries::{Binaries, Binary, Version};
-use crate::console::{self, Console};
-use crate::files::{append_only, io_error};
+use crate::blocking::blocking;
+use crate::console::Console;
+use crate::files::io_error;
 use crate::gate::KvmGate;
 use crate::kernel_arguments;
 use crate::memory::{Segment, locate};
 use crate::probe::processor_abilities;
-use crate::process::{
-    ByName, Detached, KillOnDrop, ProcessHandle, Spawned, note_own_filter, processes_with_argument,
-    spawn_detached,
-};
+use crate::process::{ByName, ProcessHandle, Starting, processes_with_argument};
 use crate::rest::RestClient;
 use crate::socket::until_it_listens;
+use crate::undo::Undo;
 use crate::workload_log::WorkloadLog;
 use crate::{
     Accelerator, Capabilities, Feature, GuestMemory, Jail, Machine, MachineSpec, MemoryBacking,
@@ -104,63 +103,35 @@ impl Firecracker {
     ) -> Result<FirecrackerMachine, VmmError> {
         configuration::check(spec, MAX_DISKS)?;
         let files = Files::of(&spec.runtime_directory);
-        let guard = files.prepare(spec)?;
+        let left = files.clone();
+        let made = Undo::by(move || left.remove());
+        files.prepare(spec)?;
         let workload_log = WorkloadLog::listen(&files.log_socket(), &spec.workload_log)?;
         let command_line = kernel_arguments::firecracker(spec)?;
-        if restore.is_none() {
+        let boots = restore.is_none();
+        if boots {
             files.write_configuration(&configuration::boot(spec, &command_line))?;
         }
-        let mut log = append_only(&spec.vmm_log)?;
-        let log_start = log
-            .seek(SeekFrom::End(0))
-            .map_err(io_error("cannot read", &spec.vmm_log))?;
-        writeln!(log, "{}{}", console::START_MARK, spec.id)
-            .map_err(io_error("cannot write", &spec.vmm_log))?;
-        let console = Console::new(spec.vmm_log.clone(), None);
+        let (console, log) = Console::begin(spec, None)?;
         // It writes its own memory into a file.
-        let start = ByName::prepare(
-            &self.jail,
-            VmmKind::Firecracker,
-            &binary.path,
-            spec,
-            files.own(),
-            restore.is_none(),
-            spec.memory_bytes,
-        )
-        .await?;
+        let (kind, written) = (VmmKind::Firecracker, spec.memory_bytes);
+        let start =
+            ByName::prepare(&self.jail, kind, &binary.path, spec, files.own(), boots, written).await?;
         let memory = start.memory.clone();
-        let (process, spawned) = spawn(spec, start, &files, restore.is_none(), log).await?;
-        let failed = || VmmError::StartFailed(console.tail_since(log_start));
-        let process = Arc::new(process.ok_or_else(failed)?);
-        let kill = KillOnDrop::of(&process);
-        let client = RestClient::new(files.api_socket(), Arc::clone(&process));
+
+        let program = start.detached(arguments(spec, &files, boots), files.own().path(), log, None);
+        let starting = Starting::spawn(kind, program, &console).await?;
+        let client = RestClient::new(files.api_socket(), Arc::clone(starting.process()));
         let ready = async {
             until_it_listens(client.socket(), START_DEADLINE).await?;
-            match restore {
-                None => booted(&client, spec, &command_line).await,
-                Some(restore) => load(&client, spec, &memory, &files, restore).await,
-            }
+            let segments = match restore {
+                None => booted(&client, spec, &command_line).await?,
+                Some(restore) => load(&client, spec, &memory, &files, restore).await?,
+            };
+            files.remember_memory(&segments).map(|()| segments)
         };
-        let outcome = tokio::select! {
-            biased;
-            outcome = ready => outcome,
-            _ = process.ended() => Err(VmmError::Gone),
-        };
-        let segments = match outcome {
-            Ok(segments) => segments,
-            Err(error) => {
-                process.kill().map_err(io_error("cannot kill", &binary.path))?;
-                process.ended().await;
-                return Err(match error {
-                    VmmError::Gone => failed(),
-                    error => error,
-                });
-            }
-        };
-        files.remember_memory(&segments)?;
-        let jail = note_own_filter(spawned, &self.jail, VmmKind::Firecracker).await?;
-        kill.forget();
-        guard.forget();
+        let (segments, jail) = starting.until(ready).await?;
+        made.forget();
         let identity = Some(identity(binary.version));
         Ok(FirecrackerMachine::new(
             client,
@@ -175,13 +146,8 @@ impl Firecracker {
     }
 }
 
-async fn spawn(
-    spec: &MachineSpec,
-    start: ByName,
-    files: &Files,
-    configured: bool,
-    output: std::fs::File,
-) -> Result<(Option<ProcessHandle>, Spawned), VmmError> {
+/// The command line. `boots`: there is a configuration.
+fn arguments(spec: &MachineSpec, files: &Files, boots: bool) -> Vec<OsString> {
     let mut arguments = vec![
         "--id".into(),
         spec.id.clone().into(),
@@ -190,30 +156,10 @@ async fn spawn(
         "--level".into(),
         "Warning".into(),
     ];
-    if configured {
+    if boots {
         arguments.extend(["--config-file".into(), files::CONFIGURATION.into()]);
     }
-    let (path, directory) = (start.program.clone(), files.own().path().to_owned());
-    let spawned = tokio::task::spawn_blocking(move || {
-        spawn_detached(Detached {
-            program: &start.program,
-            arguments,
-            directory: &directory,
-            output,
-            errors: None,
-            keep: &start.keep,
-            forbid_holes: false,
-            jail: start.jail,
-            restraint: start.restraint,
-        })
-    })
-    .await
-    .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-    let spawned = spawned.map_err(io_error("cannot start", &path))?;
-    let process = ProcessHandle::of_child(spawned.pid)
-        .inspect_err(|error| tracing::debug!(%error, "Firecracker ended before it could be looked at"))
-        .ok();
-    Ok((process, spawned))
+    arguments
 }
 
 /// Finds the memory of a machine that has just begun to boot.
@@ -229,7 +175,7 @@ async fn booted(
         .map(drop)?;
     let (process, command_line) = (Arc::clone(client.process()), command_line.to_owned());
     let lengths = lengths(spec.memory_bytes);
-    memory_work("cannot find guest memory", move || {
+    blocking(move || {
         let signature = locate::Signature {
             offset: COMMAND_LINE,
             bytes: command_line.as_bytes(),
@@ -237,6 +183,7 @@ async fn booted(
         locate::anonymous(&process, &lengths, &signature)
     })
     .await
+    .map_err(VmmError::io("cannot find guest memory"))
 }
 
 /// Makes the process the captured machine, paused. `seen`: its memory, as the process sees it.
@@ -249,43 +196,27 @@ async fn load(
 ) -> Result<Vec<Segment>, VmmError> {
     files.write_state(&restore.device_state)?;
     let request = configuration::load(spec, seen)?;
-    let loaded = client
+    client
         .call(Method::PUT, "/snapshot/load", Some(&request), LOAD_DEADLINE)
-        .await;
-    loaded.map_err(|error| match error {
-        VmmError::Refused { message, .. } => VmmError::StartFailed(message),
-        error => error,
-    })?;
+        .await
+        .map_err(VmmError::of_start)?;
     files.forget_state();
     let (process, memory) = (Arc::clone(client.process()), spec.memory.clone());
     let lengths = lengths(spec.memory_bytes);
-    let segments = memory_work("cannot find guest memory", move || match &memory {
+    let segments = blocking(move || match &memory {
         MemoryBacking::Private(file) => locate::private_file(&process, file, &lengths),
         _ => locate::served(&process, &lengths),
     })
-    .await?;
+    .await
+    .map_err(VmmError::io("cannot find guest memory"))?;
     if let Some(patch) = restore.patch {
         // No device has read guest memory yet: they do when the machine goes on.
         let (process, segments) = (Arc::clone(client.process()), segments.clone());
-        memory_work("cannot write the memory of the restored machine", move || {
-            patch(&GuestMemory::open(process, segments)?)
-        })
-        .await?;
+        blocking(move || patch(&GuestMemory::open(process, segments)?))
+            .await
+            .map_err(VmmError::io("cannot write the memory of the restored machine"))?;
     }
     Ok(segments)
-}
-
-async fn memory_work<T: Send + 'static>(
-    context: &str,
-    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
-) -> Result<T, VmmError> {
-    let outcome = tokio::task::spawn_blocking(work).await;
-    outcome
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-        .map_err(|source| VmmError::Io {
-            context: context.to_owned(),
-            source,
-        })
 }
 
 /// Lengths of the mappings of guest memory.
@@ -371,15 +302,10 @@ impl Vmm for Firecracker {
         process: &ProcessIdentity,
         identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
-        let process = ProcessHandle::of_recorded(process)
-            .map_err(|source| VmmError::Io {
-                context: format!("cannot look at process {}", process.pid),
-                source,
-            })?
-            .ok_or(VmmError::Gone)?;
+        let process = ProcessHandle::adopt(process)?;
         let files = Files::of(&spec.runtime_directory);
         files.let_go_of_a_hold();
-        let client = RestClient::new(files.api_socket(), Arc::new(process));
+        let client = RestClient::new(files.api_socket(), process);
         let console = Console::new(spec.vmm_log.clone(), None);
         let segments = files.remembered_memory();
         let workload_log = WorkloadLog::listen(&files.log_socket(), &spec.workload_log)?;
@@ -397,12 +323,8 @@ impl Vmm for Firecracker {
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
         let socket = Files::of(runtime_directory).api_socket();
-        processes_with_argument(socket.as_os_str(), |executable| {
-            executable
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("firecracker"))
-        })
-        .map_err(io_error("cannot scan", Path::new("/proc")))
+        processes_with_argument("firecracker", socket.as_os_str())
+            .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
 

@@ -9,6 +9,7 @@
 //! Each thing is shown under the name that it has on the host, so that what a device state says of disks is the same
 //! inside and outside.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 use hypeman_jail::{Access, Grant, Jail, JailSpec, Lent, Report, Restraint, Show, Tap};
 
-use super::{Confinement, confine::confines, confine::limits};
+use super::{Confinement, Detached, confines, limits};
 use crate::files::io_error;
 use crate::own_directory::OwnDirectory;
 use crate::{MachineSpec, MemoryBacking, VmmError, VmmKind, tap};
@@ -110,6 +111,27 @@ impl ByName {
             lent,
         });
         Ok(start)
+    }
+
+    /// The program, to be started.
+    pub(crate) fn detached(
+        self,
+        arguments: Vec<OsString>,
+        directory: &Path,
+        output: File,
+        errors: Option<File>,
+    ) -> Detached {
+        Detached {
+            program: self.program,
+            arguments,
+            directory: directory.to_owned(),
+            output,
+            errors,
+            keep: self.keep,
+            forbid_holes: false,
+            jail: self.jail,
+            restraint: self.restraint,
+        }
     }
 
     /// Shows one more thing, where there is a jail.

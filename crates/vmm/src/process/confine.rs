@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use hypeman_jail::{Jail, JailOptions, Limits};
 
+use crate::blocking::blocking;
 use crate::{MachineSpec, VmmError};
 
 /// Beyond the largest disk: logs between two looks at their size, device states.
@@ -12,14 +13,11 @@ const FILE_SLACK: u64 = 2 << 30;
 /// Whether the VMM is to be started in the jail. The first time the host is asked, which takes some milliseconds.
 pub(crate) async fn confines(jail: &Arc<Jail>) -> Result<bool, VmmError> {
     let jail = Arc::clone(jail);
-    let asked = tokio::task::spawn_blocking(move || jail.confines()).await;
-    match asked {
-        Ok(answer) => answer.map_err(|error| VmmError::Unavailable(error.to_string())),
-        Err(error) => Err(VmmError::Io {
-            context: "cannot look at the jail".to_owned(),
-            source: error.into(),
-        }),
-    }
+    blocking(move || {
+        jail.confines()
+            .map_err(|error| VmmError::Unavailable(error.to_string()))
+    })
+    .await
 }
 
 /// How much the VMM of a machine may use. `written`: the largest file besides disks that it writes.

@@ -86,7 +86,7 @@ fn start_ticks(pid: u32) -> io::Result<u64> {
 }
 
 /// Processor time and memory of process `pid`.
-pub(crate) fn resident_and_cpu(pid: u32) -> io::Result<MachineStats> {
+pub(super) fn usage_of(pid: u32) -> io::Result<MachineStats> {
     let fields = stat_fields(pid)?;
     let ticks = field(&fields, 14)? + field(&fields, 15)?;
     Ok(MachineStats {
@@ -96,12 +96,14 @@ pub(crate) fn resident_and_cpu(pid: u32) -> io::Result<MachineStats> {
     })
 }
 
-/// Live processes with `argument` as one whole word of their command line and an executable that
-/// `is_ours` accepts. Processes that vanish during the scan are skipped.
-pub(crate) fn processes_with_argument(
-    argument: &OsStr,
-    is_ours: impl Fn(&Path) -> bool,
-) -> io::Result<Vec<ProcessIdentity>> {
+/// Live processes of executables whose names begin with `program`, with `argument` as one whole word of their command
+/// line. Processes that vanish during the scan are skipped.
+pub(crate) fn processes_with_argument(program: &str, argument: &OsStr) -> io::Result<Vec<ProcessIdentity>> {
+    let is_ours = |executable: &Path| {
+        executable
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with(program))
+    };
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let Some(pid) = entry?
@@ -111,7 +113,7 @@ pub(crate) fn processes_with_argument(
         else {
             continue;
         };
-        let Ok(command_line) = settled_command_line(pid, &is_ours) else {
+        let Ok(command_line) = settled_command_line(pid, is_ours) else {
             continue;
         };
         if command_line.len() > COMMAND_LINE_LIMIT
@@ -191,7 +193,7 @@ mod tests {
 
     #[test]
     fn usage_is_read() {
-        let stats = resident_and_cpu(std::process::id()).unwrap();
+        let stats = usage_of(std::process::id()).unwrap();
         assert!(stats.memory_rss_bytes > 0 && stats.memory_vms_bytes >= stats.memory_rss_bytes);
     }
 
@@ -204,8 +206,8 @@ mod tests {
                 .arg(&word)
                 .spawn()
                 .unwrap();
-            let found = processes_with_argument(&word, |_| true).unwrap();
-            let refused = processes_with_argument(&word, |path| path.ends_with("qemu")).unwrap();
+            let found = processes_with_argument("", &word).unwrap();
+            let refused = processes_with_argument("qemu", &word).unwrap();
             child.kill().unwrap();
             child.wait().unwrap();
             assert_eq!(

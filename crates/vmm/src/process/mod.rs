@@ -1,7 +1,7 @@
 //! VMM processes: who they are, how they start, how their end is learnt.
 //!
 //! ```text
-//! spawn ──► ProcessHandle (our child) ─┐
+//! spawn ──► ProcessHandle (our child) ─┐                                                      (start.rs)
 //!                                      ├─► pidfd readable ──► reaped ──► Ended
 //! open(identity) ──► ProcessHandle ────┘   (a stranger's child: only its end is known)
 //! ```
@@ -17,14 +17,15 @@ mod own_filter;
 mod spawn;
 #[cfg(test)]
 pub(crate) mod stand_in;
+mod start;
 mod watch;
 mod words;
 
 pub(crate) use by_name::{ByName, program_files};
 pub(crate) use confine::{confines, limits};
+pub(crate) use identity::processes_with_argument;
 pub use identity::{ProcessIdentity, boot_id};
-pub(crate) use identity::{processes_with_argument, resident_and_cpu};
-pub(crate) use own_filter::note_own_filter;
-pub(crate) use spawn::{Confinement, Detached, Spawned, spawn_detached};
-pub(crate) use watch::{Ended, KillOnDrop, ProcessHandle, readable};
+pub(crate) use spawn::{Confinement, Detached};
+pub(crate) use start::Starting;
+pub(crate) use watch::{Ended, ProcessHandle, readable};
 pub(crate) use words::Words;

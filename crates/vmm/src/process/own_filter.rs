@@ -10,12 +10,11 @@
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use hypeman_jail::{Item, Jail, Mode, Report};
+use hypeman_jail::{Item, Report};
 
-use super::Spawned;
+use crate::blocking::blocking;
 use crate::{VmmError, VmmKind};
 
 /// A thread that was just made puts its filter on within this many looks.
@@ -38,46 +37,57 @@ pub(super) fn ours() -> u32 {
     parse(&status).and_then(|thread| thread.filters).unwrap_or(0)
 }
 
-/// What of a jail a VMM bears that was started so and runs now.
-///
-/// # Errors
-/// It does not filter itself, and the operator requires all of a jail.
-pub(crate) async fn note_own_filter(
-    spawned: Spawned,
-    jail: &Arc<Jail>,
-    kind: VmmKind,
-) -> Result<Option<Report>, VmmError> {
-    let (pid, started_with) = (spawned.pid, spawned.filters);
-    let Some(mut report) = spawned.jail else {
-        return Ok(None);
-    };
-    let looked = tokio::task::spawn_blocking(move || look(kind, pid, started_with)).await;
-    let missing = looked.unwrap_or_else(|error| Some(error.to_string()));
-    if let Some(reason) = &missing {
-        if jail.options().mode == Mode::Required {
-            return Err(VmmError::Unavailable(format!(
-                "hypervisor.jail is required, and the VMM does not filter its own system calls: {reason}"
-            )));
-        }
-        tracing::warn!(pid, reason, "a VMM does not filter its own system calls");
-    }
-    report.note(Item::Seccomp, missing);
-    Ok(Some(report))
+/// A VMM that was just started, and how.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Look {
+    pub(super) kind: VmmKind,
+    pub(super) pid: u32,
+    /// How many filters its first thread began with.
+    pub(super) started_with: u32,
+    /// The operator requires all of a jail.
+    pub(super) required: bool,
 }
 
-/// Why it is not in force, after as many looks as it takes.
-fn look(kind: VmmKind, pid: u32, started_with: u32) -> Option<String> {
-    let mut looks = LOOKS;
-    loop {
-        let missing = match threads(pid) {
-            Ok(threads) => missing(kind, &threads, started_with),
-            Err(error) => Some(format!("its threads cannot be looked at: {error}")),
-        }?;
-        looks -= 1;
-        if looks == 0 || !filters_by_thread(kind) {
-            return Some(missing);
+impl Look {
+    /// Completes the report of what it bears, now that it runs.
+    ///
+    /// # Errors
+    /// It does not filter itself, and all of a jail is required.
+    pub(super) async fn complete(self, report: Option<Report>) -> Result<Option<Report>, VmmError> {
+        let Some(mut report) = report else {
+            return Ok(None);
+        };
+        let missing = self.missing().await;
+        if let Some(reason) = &missing {
+            if self.required {
+                return Err(VmmError::Unavailable(format!(
+                    "hypervisor.jail is required, and the VMM does not filter its own system calls: {reason}"
+                )));
+            }
+            tracing::warn!(
+                pid = self.pid,
+                reason,
+                "a VMM does not filter its own system calls"
+            );
         }
-        std::thread::sleep(PAUSE);
+        report.note(Item::Seccomp, missing);
+        Ok(Some(report))
+    }
+
+    /// Why it is not in force, after as many looks as it takes.
+    async fn missing(self) -> Option<String> {
+        let mut looks = LOOKS;
+        loop {
+            let reason = match blocking(move || threads(self.pid)).await {
+                Ok(threads) => missing(self.kind, &threads, self.started_with),
+                Err(error) => Some(format!("its threads cannot be looked at: {error}")),
+            }?;
+            looks -= 1;
+            if looks == 0 || !filters_by_thread(self.kind) {
+                return Some(reason);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 }
 

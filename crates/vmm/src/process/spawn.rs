@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -16,17 +16,18 @@ use rustix::io::FdFlags;
 use super::{filter, own_filter};
 
 /// A program to start and what it gets from us.
-pub(crate) struct Detached<'a> {
-    pub(crate) program: &'a Path,
+#[derive(Debug)]
+pub(crate) struct Detached {
+    pub(crate) program: PathBuf,
     pub(crate) arguments: Vec<OsString>,
     /// Where it starts.
-    pub(crate) directory: &'a Path,
+    pub(crate) directory: PathBuf,
     /// Receives standard output.
     pub(crate) output: File,
     /// Receives standard error, where that does not go the same way.
     pub(crate) errors: Option<File>,
     /// Descriptors that the program keeps, under the numbers that they have here.
-    pub(crate) keep: &'a [OwnedFd],
+    pub(crate) keep: Vec<OwnedFd>,
     /// The program may not make holes in files (see [`super::filter`]). In a jail it has none to make them in.
     pub(crate) forbid_holes: bool,
     /// Where it is confined.
@@ -46,35 +47,35 @@ pub(crate) struct Confinement {
 
 /// A program that was started.
 #[derive(Debug)]
-pub(crate) struct Spawned {
+pub(super) struct Spawned {
     /// The caller reaps it (see [`super::ProcessHandle`]).
-    pub(crate) pid: u32,
+    pub(super) pid: u32,
     /// What of its jail is in force.
-    pub(crate) jail: Option<Report>,
+    pub(super) jail: Option<Report>,
     /// How many filters of system calls it began with.
-    pub(crate) filters: u32,
+    pub(super) filters: u32,
 }
 
 /// Starts the program as leader of a session of its own, with an empty environment but `PATH`. Returns once it executes.
-pub(crate) fn spawn_detached(detached: Detached<'_>) -> io::Result<Spawned> {
+pub(super) fn spawn_detached(detached: Detached) -> io::Result<Spawned> {
     match detached.jail {
         Some(_) => confined(detached),
         None => unconfined(detached),
     }
 }
 
-fn confined(detached: Detached<'_>) -> io::Result<Spawned> {
+fn confined(detached: Detached) -> io::Result<Spawned> {
     let Some(confinement) = detached.jail else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     // The jail's own, and the one that asks us for what is lent.
     let filters = own_filter::ours() + 1 + u32::from(confinement.lent.is_some());
     let launch = Launch {
-        program: detached.program,
+        program: &detached.program,
         arguments: &detached.arguments,
-        directory: detached.directory,
+        directory: &detached.directory,
         output: detached.output.as_fd(),
-        keep: detached.keep,
+        keep: &detached.keep,
         lent: confinement.lent,
     };
     let confined = confinement
@@ -88,15 +89,15 @@ fn confined(detached: Detached<'_>) -> io::Result<Spawned> {
     })
 }
 
-fn unconfined(detached: Detached<'_>) -> io::Result<Spawned> {
+fn unconfined(detached: Detached) -> io::Result<Spawned> {
     let (restraint, report) = detached.restraint.unzip();
     let keep: Vec<i32> = detached.keep.iter().map(AsRawFd::as_raw_fd).collect();
-    let mut command = Command::new(detached.program);
+    let mut command = Command::new(&detached.program);
     command
         .args(&detached.arguments)
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .current_dir(detached.directory)
+        .current_dir(&detached.directory)
         .stdin(Stdio::null())
         .stdout(detached.output.as_fd().try_clone_to_owned()?)
         .stderr(detached.errors.unwrap_or(detached.output));

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use hypeman_jail::{Jail, JailOptions};
 use rustix::process::{Pid, WaitOptions, waitpid};
 
-use super::{ByName, Detached, spawn_detached};
+use super::ByName;
+use super::spawn::spawn_detached;
 use crate::files::append_only;
 use crate::own_directory::OwnDirectory;
 use crate::{Disk, MachineSpec, MemoryBacking, VmmKind};
@@ -85,17 +86,8 @@ impl StandIn {
         let prepared = ByName::prepare(&self.jail, kind, program, &self.spec, own, true, 0).await;
         let start = prepared.unwrap();
         let arguments = vec!["-c".into(), script(&start).into()];
-        let spawned = spawn_detached(Detached {
-            program: &start.program,
-            arguments,
-            directory: own.path(),
-            output: append_only(&self.spec.vmm_log).unwrap(),
-            errors: None,
-            keep: &start.keep,
-            forbid_holes: false,
-            jail: start.jail,
-            restraint: start.restraint,
-        });
+        let output = append_only(&self.spec.vmm_log).unwrap();
+        let spawned = spawn_detached(start.detached(arguments, own.path(), output, None));
         waitpid(Pid::from_raw(spawned.unwrap().pid as i32), WaitOptions::empty()).unwrap();
         fs::read_to_string(&self.spec.vmm_log).unwrap()
     }

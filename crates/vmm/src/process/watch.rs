@@ -4,6 +4,8 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
@@ -14,6 +16,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::ProcessIdentity;
+use super::identity::usage_of;
+use crate::{MachineStats, VmmError};
+
+/// Time between the end of a socket and the end of the process that held it.
+const END_GRACE: Duration = Duration::from_secs(1);
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +39,7 @@ pub(crate) struct ProcessHandle {
     identity: ProcessIdentity,
     pidfd: OwnedFd,
     ended: watch::Receiver<Option<Ended>>,
+    stopped: AtomicBool,
 }
 
 impl ProcessHandle {
@@ -77,6 +85,7 @@ impl ProcessHandle {
             identity,
             pidfd,
             ended,
+            stopped: AtomicBool::new(false),
         })
     }
 
@@ -105,33 +114,59 @@ impl ProcessHandle {
         }
     }
 
+    /// Takes back the process of a machine that another server started.
+    ///
+    /// # Errors
+    /// [`VmmError::Gone`] when it has ended.
+    pub(crate) fn adopt(identity: &ProcessIdentity) -> Result<Arc<Self>, VmmError> {
+        let adopted = Self::of_recorded(identity)
+            .map_err(VmmError::io(format!("cannot look at process {}", identity.pid)))?;
+        adopted.map(Arc::new).ok_or(VmmError::Gone)
+    }
+
+    /// Ends it on our own behalf, unless it has ended already, and waits for its end.
+    pub(crate) async fn stop(&self) -> Result<(), VmmError> {
+        if self.ended_now().is_some() {
+            return Ok(());
+        }
+        self.stopped.store(true, Ordering::Release);
+        self.end().await
+    }
+
+    /// Whether [`ProcessHandle::stop`] was to end it.
+    pub(crate) fn was_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Kills it and waits for its end.
+    pub(super) async fn end(&self) -> Result<(), VmmError> {
+        self.kill()
+            .map_err(VmmError::io(format!("cannot kill process {}", self.identity.pid)))?;
+        self.ended().await;
+        Ok(())
+    }
+
+    /// Whether it ends in a moment: what it says by its sockets ends a little earlier.
+    pub(crate) async fn ends_soon(&self) -> bool {
+        tokio::time::timeout(END_GRACE, self.ended()).await.is_ok()
+    }
+
+    /// What it uses of the host.
+    ///
+    /// # Errors
+    /// [`VmmError::Gone`] when it has ended.
+    pub(crate) fn usage(&self) -> Result<MachineStats, VmmError> {
+        if self.ended_now().is_some() || !self.identity.is_alive() {
+            return Err(VmmError::Gone);
+        }
+        usage_of(self.identity.pid).map_err(|_| VmmError::Gone)
+    }
+
     /// Sends SIGKILL. A process that has ended is no error.
     pub(crate) fn kill(&self) -> io::Result<()> {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Kills a process whose start was cancelled or failed; its watching task reaps it.
-pub(crate) struct KillOnDrop(Option<Arc<ProcessHandle>>);
-
-impl KillOnDrop {
-    pub(crate) fn of(process: &Arc<ProcessHandle>) -> Self {
-        Self(Some(Arc::clone(process)))
-    }
-
-    /// The start succeeded.
-    pub(crate) fn forget(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(process) = &self.0 {
-            let _ = process.kill();
         }
     }
 }
@@ -172,7 +207,7 @@ mod tests {
 
     use rustix::fs::Mode;
 
-    use super::super::{Detached, spawn_detached};
+    use super::super::spawn::{Detached, spawn_detached};
     use super::*;
 
     /// Holds a script back until the test has looked at its process: one that has ended can't be looked at.
@@ -207,12 +242,12 @@ mod tests {
         let output = File::options().write(true).open("/dev/null").unwrap();
         let arguments = vec!["-c".into(), script.into()];
         spawn_detached(Detached {
-            program: Path::new("/bin/sh"),
+            program: "/bin/sh".into(),
             arguments,
-            directory: Path::new("/"),
+            directory: "/".into(),
             output,
             errors: None,
-            keep: &[],
+            keep: Vec::new(),
             forbid_holes: false,
             jail: None,
             restraint: None,
@@ -276,12 +311,12 @@ mod tests {
         let gate = Gate::new();
         let arguments = vec!["-c".into(), gate.before(&script).into()];
         let pid = spawn_detached(Detached {
-            program: Path::new("/bin/sh"),
+            program: "/bin/sh".into(),
             arguments,
-            directory: Path::new("/"),
+            directory: "/".into(),
             output,
             errors: None,
-            keep: std::slice::from_ref(&kept),
+            keep: vec![kept],
             forbid_holes: false,
             jail: None,
             restraint: None,

@@ -1,7 +1,7 @@
-//! What a restored QEMU itself says, of bounded length and in memory.
+//! What a VMM itself says, of bounded length and in memory.
 //!
-//! A file behind memory is never given holes, so each page that the guest gives back makes QEMU print a complaint. A
-//! guest could fill the host's disk with them; nothing says more than this memfd can hold.
+//! A guest can make it say a lot, and could so fill the host's disk: a file behind memory is never given holes, and each
+//! page that the guest gives back makes QEMU print a complaint. Nothing says more than this memfd can hold.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 
-use crate::ProcessIdentity;
+use crate::{ProcessIdentity, VmmError};
 
 const LIMIT: usize = 64 * 1024;
 /// Part of each complaint about a page that is not given back.
@@ -21,8 +21,18 @@ const COMPLAINT: &str = "ram_block_discard_range: ";
 pub(crate) struct Words(Arc<File>);
 
 impl Words {
+    /// Nothing said yet, and what the process is given to say it.
+    pub(crate) fn begin() -> Result<(Self, File), VmmError> {
+        let begin = || -> io::Result<(Self, File)> {
+            let words = Self::new()?;
+            let writer = words.writer()?;
+            Ok((words, writer))
+        };
+        begin().map_err(VmmError::io("cannot make room for what the VMM says"))
+    }
+
     /// An empty file that cannot grow beyond its limit.
-    pub(crate) fn new() -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(rustix::fs::memfd_create("vmm-output", flags)?);
         file.set_len(LIMIT as u64)?;
@@ -39,8 +49,8 @@ impl Words {
             .then(|| Self(Arc::new(file)))
     }
 
-    /// To be given to the process. It shares the place of the next word with all others of its kind.
-    pub(crate) fn writer(&self) -> io::Result<File> {
+    /// What the process is given to write to. It shares the place of the next word with all others of its kind.
+    fn writer(&self) -> io::Result<File> {
         self.0.try_clone()
     }
 

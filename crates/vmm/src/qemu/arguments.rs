@@ -218,6 +218,9 @@ pub(crate) fn raw_node(index: usize) -> String {
 fn add_disk(line: &mut Line, board: Board, index: usize, disk: &Disk) -> Result<(), VmmError> {
     let file = format!("disk{index}-file");
     let raw = raw_node(index);
+    // A disk that is only read may be shared with a VMM of another make. Cloud Hypervisor locks the whole file against
+    // writers, which QEMU takes for a refusal of everything; with nobody to write there is nothing to guard.
+    let locking = if disk.read_only { "off" } else { "on" };
     line.json(
         "-blockdev",
         json!({
@@ -225,7 +228,7 @@ fn add_disk(line: &mut Line, board: Board, index: usize, disk: &Disk) -> Result<
             "node-name": file,
             "filename": text(&disk.path)?,
             "read-only": disk.read_only,
-            "locking": "on",
+            "locking": locking,
             "aio": "threads",
             "discard": "unmap",
             "cache": { "direct": false, "no-flush": false },

@@ -26,16 +26,13 @@ pub(super) async fn guest_memory(control: &Control, length: u64) -> Result<Guest
         .command(command, json!({ "command-line": "gpa2hva 0" }), COMMAND_DEADLINE)
         .await?;
     let text = answer.as_str().unwrap_or_default();
-    let address = host_address(text).ok_or_else(|| VmmError::Refused {
-        command: "gpa2hva".to_owned(),
-        message: text.chars().take(200).collect(),
-    })?;
+    let address = host_address(text)
+        .ok_or_else(|| VmmError::refused("gpa2hva", text.chars().take(200).collect::<String>()))?;
     let process = Arc::clone(control.process());
     let pid = process.identity().pid;
-    GuestMemory::open(process, vec![Segment { address, length }]).map_err(|source| VmmError::Io {
-        context: format!("cannot look at the memory of process {pid}"),
-        source,
-    })
+    GuestMemory::open(process, vec![Segment { address, length }]).map_err(VmmError::io(format!(
+        "cannot look at the memory of process {pid}"
+    )))
 }
 
 /// `Host virtual address for 0x0 (mem) is 0x7f5c3be00000`
@@ -47,10 +44,7 @@ fn host_address(answer: &str) -> Option<u64> {
 /// State of all devices, without RAM. The command is made for Xen, and does without it; `live` off keeps the disks
 /// with the machine, so that it can go on.
 pub(super) async fn save_devices(control: &Control) -> Result<Vec<u8>, VmmError> {
-    let failed = |source| VmmError::Io {
-        context: "cannot take a device state".to_owned(),
-        source,
-    };
+    let failed = |source| VmmError::io("cannot take a device state")(source);
     let file = rustix::fs::memfd_create("device-state", MemfdFlags::CLOEXEC)
         .map_err(|error| failed(error.into()))?;
     let mut file = File::from(file);

@@ -8,7 +8,7 @@
 //! Invariant: a command to a process that has ended is [`VmmError::Gone`], whatever the socket said first.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -18,13 +18,13 @@ use tokio::sync::{Notify, watch};
 use super::agent_port::AgentPort;
 use super::qmp::{QmpClient, QmpError, QmpEvent};
 use crate::VmmError;
+use crate::files::io_error;
 use crate::process::ProcessHandle;
 
 /// How long a command may take that does its work at once.
 pub(super) const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
-/// Time between the end of the control connection and the end of the process that held it.
-pub(super) const END_GRACE: Duration = Duration::from_secs(1);
-
+/// Time between the end of the process and the last event that it told.
+const END_GRACE: Duration = Duration::from_secs(1);
 /// Pause between two attempts of a machine that waits for room on the host's disk.
 const STALL_RETRY: Duration = Duration::from_secs(1);
 
@@ -104,11 +104,6 @@ impl Control {
         &self.process
     }
 
-    /// Path of the control socket.
-    pub(super) fn socket(&self) -> &Path {
-        &self.socket
-    }
-
     /// To be locked by who copies disks.
     pub(super) fn copying(&self) -> Arc<tokio::sync::Mutex<()>> {
         Arc::clone(&self.copying)
@@ -157,7 +152,7 @@ impl Control {
         match tokio::time::timeout(deadline, self.client(deadline)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(self.translate("connect", deadline, error).await),
-            Err(_) => Err(unresponsive("connect", deadline)),
+            Err(_) => Err(VmmError::unresponsive("connect", deadline)),
         }
     }
 
@@ -215,7 +210,7 @@ impl Control {
         match tokio::time::timeout(deadline, work).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(self.translate(command, deadline, error).await),
-            Err(_) => Err(unresponsive(command, deadline)),
+            Err(_) => Err(VmmError::unresponsive(command, deadline)),
         }
     }
 
@@ -235,14 +230,11 @@ impl Control {
         let answer = match tokio::time::timeout(COMMAND_DEADLINE, work).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(self.translate(command, COMMAND_DEADLINE, error).await),
-            Err(_) => return Err(unresponsive(command, COMMAND_DEADLINE)),
+            Err(_) => return Err(VmmError::unresponsive(command, COMMAND_DEADLINE)),
         };
         match answer["fdset-id"].as_u64() {
             Some(set) => Ok(Lent { set }),
-            None => Err(VmmError::Refused {
-                command: command.to_owned(),
-                message: "it named no set".to_owned(),
-            }),
+            None => Err(VmmError::refused(command, "it named no set")),
         }
     }
 
@@ -256,32 +248,12 @@ impl Control {
 
     async fn translate(&self, command: &str, deadline: Duration, error: QmpError) -> VmmError {
         match error {
-            QmpError::Timeout => unresponsive(command, deadline),
-            QmpError::Refused(message) => VmmError::Refused {
-                command: command.to_owned(),
-                message,
-            },
-            QmpError::Closed(message) => match self.ends_soon().await {
-                true => VmmError::Gone,
-                false => VmmError::Refused {
-                    command: command.to_owned(),
-                    message,
-                },
-            },
-            QmpError::Connect(source) => match self.ends_soon().await {
-                true => VmmError::Gone,
-                false => VmmError::Io {
-                    context: format!("cannot connect to {}", self.socket.display()),
-                    source,
-                },
-            },
+            QmpError::Timeout => VmmError::unresponsive(command, deadline),
+            QmpError::Refused(message) => VmmError::refused(command, message),
+            QmpError::Closed(_) | QmpError::Connect(_) if self.process.ends_soon().await => VmmError::Gone,
+            QmpError::Closed(message) => VmmError::refused(command, message),
+            QmpError::Connect(source) => io_error("cannot connect to", &self.socket)(source),
         }
-    }
-
-    async fn ends_soon(&self) -> bool {
-        tokio::time::timeout(END_GRACE, self.process.ended())
-            .await
-            .is_ok()
     }
 }
 
@@ -315,13 +287,6 @@ impl Told {
             "JOB_STATUS_CHANGE" => self.jobs.send_modify(|count| *count += 1),
             _ => {}
         }
-    }
-}
-
-pub(super) fn unresponsive(command: &str, after: Duration) -> VmmError {
-    VmmError::Unresponsive {
-        command: command.to_owned(),
-        after,
     }
 }
 

@@ -28,6 +28,7 @@ use serde_json::{Value, json};
 
 use super::arguments::raw_node;
 use super::control::{COMMAND_DEADLINE, Control};
+use crate::blocking::blocking;
 use crate::files::io_error;
 use crate::{Disk, DiskCopies, DiskCopy, VmmError};
 
@@ -83,13 +84,12 @@ pub(super) async fn prepare(
             )));
         }
     }
-    let turn = control
-        .copying()
-        .try_lock_owned()
-        .map_err(|_| VmmError::Refused {
-            command: "blockdev-backup".to_owned(),
-            message: "the disks of this machine are being copied already".to_owned(),
-        })?;
+    let turn = control.copying().try_lock_owned().map_err(|_| {
+        VmmError::refused(
+            "blockdev-backup",
+            "the disks of this machine are being copied already",
+        )
+    })?;
     clear(control).await?;
     write_back(disks).await?;
     let mut prepared = QemuDiskCopies {
@@ -116,16 +116,14 @@ async fn write_back(disks: &[Disk]) -> Result<(), VmmError> {
         .filter(|disk| !disk.read_only)
         .map(|disk| disk.path.clone())
         .collect();
-    let work = move || {
+    blocking(move || {
         paths.iter().try_for_each(|path| {
             File::open(path)
                 .and_then(|file| file.sync_data())
                 .map_err(io_error("cannot write back", path))
         })
-    };
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(failed("cannot write back disks", error)))
+    })
+    .await
 }
 
 impl QemuDiskCopies {
@@ -156,7 +154,8 @@ impl QemuDiskCopies {
 
         let (map, data) = (format!("{name}-map"), format!("{name}-data"));
         let memory = rustix::fs::memfd_create("disk-copy-map", MemfdFlags::CLOEXEC)
-            .map_err(|error| failed("cannot make a map of a copy", error))?;
+            .map_err(std::io::Error::from)
+            .map_err(VmmError::io("cannot make a map of a copy"))?;
         let target = file
             .try_clone()
             .map_err(io_error("cannot hand over", &copy.target))?;
@@ -166,8 +165,7 @@ impl QemuDiskCopies {
             "job-id": name,
             "options": { "driver": "qcow2", "file": map, "data-file": data, "size": size },
         });
-        let outcome = self.job("blockdev-create", create, &name).await;
-        outcome?;
+        self.job("blockdev-create", create, &name).await?;
         let node = json!({ "driver": "qcow2", "node-name": name, "file": map, "data-file": data });
         self.control
             .command("blockdev-add", node, COMMAND_DEADLINE)
@@ -249,16 +247,14 @@ impl DiskCopies for QemuDiskCopies {
         }
         let copies = std::mem::take(&mut self.copies);
         self.clear().await;
-        let work = move || {
+        blocking(move || {
             copies.iter().try_for_each(|copy| {
                 copy.file
                     .sync_all()
                     .map_err(io_error("cannot write back", &copy.path))
             })
-        };
-        tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or_else(|error| Err(failed("cannot write back a copy", error)))
+        })
+        .await
     }
 
     async fn cancel(mut self: Box<Self>) {
@@ -335,10 +331,7 @@ impl Job {
     fn outcome(self, command: &str) -> Result<(), VmmError> {
         match self.error {
             None => Ok(()),
-            Some(message) => Err(VmmError::Refused {
-                command: command.to_owned(),
-                message,
-            }),
+            Some(message) => Err(VmmError::refused(command, message)),
         }
     }
 }
@@ -347,10 +340,7 @@ async fn jobs(control: &Control) -> Result<Vec<Job>, VmmError> {
     let answer = control
         .command("query-jobs", Value::Null, COMMAND_DEADLINE)
         .await?;
-    serde_json::from_value(answer).map_err(|error| VmmError::Refused {
-        command: "query-jobs".to_owned(),
-        message: error.to_string(),
-    })
+    serde_json::from_value(answer).map_err(|error| VmmError::refused("query-jobs", error.to_string()))
 }
 
 /// Waits until a job has concluded.
@@ -361,20 +351,8 @@ async fn ended(control: &Control, id: &str) -> Result<Job, VmmError> {
         match jobs(control).await?.into_iter().find(|job| job.id == id) {
             Some(job) if job.status == CONCLUDED => return Ok(job),
             Some(_) => {}
-            None => {
-                return Err(VmmError::Refused {
-                    command: "query-jobs".to_owned(),
-                    message: format!("there is no job {id}"),
-                });
-            }
+            None => return Err(VmmError::refused("query-jobs", format!("there is no job {id}"))),
         }
         let _ = tokio::time::timeout(LOST_EVENT, changes.changed()).await;
-    }
-}
-
-fn failed(context: &str, error: impl Into<std::io::Error>) -> VmmError {
-    VmmError::Io {
-        context: context.to_owned(),
-        source: error.into(),
     }
 }

@@ -3,19 +3,18 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::arguments::{AGENT_SOCKET, CONSOLE_CHARDEV, LOG_CHARDEV, MEBIBYTE, PID_FILE};
+use super::arguments::{AGENT_SOCKET, CONSOLE_CHARDEV, LOG_CHARDEV, MEBIBYTE};
 use super::control::{COMMAND_DEADLINE, Control};
-use super::{capture, copies, restore};
+use super::{capture, copies, remove_files, restore};
 use crate::console::Console;
-use crate::files::append_only;
-use crate::process::{Ended, resident_and_cpu};
+use crate::files::{append_only, beside, io_error};
+use crate::process::Ended;
 use crate::{
     AgentChannel, Disk, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
     MachineSpec, MachineStats, ProcessIdentity, Restore, RunState, StateIdentity, VmmError,
@@ -25,13 +24,12 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct QemuMachine {
     control: Arc<Control>,
-    agent_path: PathBuf,
+    runtime_directory: PathBuf,
     memory_bytes: u64,
     disks: Vec<Disk>,
     workload_log: PathBuf,
     console: Console,
     identity: Option<StateIdentity>,
-    killed: AtomicBool,
     jail: Option<JailReport>,
 }
 
@@ -44,13 +42,12 @@ impl QemuMachine {
     ) -> Self {
         Self {
             control: Arc::new(control),
-            agent_path: spec.runtime_directory.join(AGENT_SOCKET),
+            runtime_directory: spec.runtime_directory.clone(),
             memory_bytes: spec.memory_bytes.next_multiple_of(MEBIBYTE),
             disks: spec.disks.clone(),
             workload_log: spec.workload_log.clone(),
             console,
             identity,
-            killed: AtomicBool::new(false),
             jail: None,
         }
     }
@@ -77,52 +74,27 @@ impl QemuMachine {
     /// either to the old file or to the new one. The new one gets its name only after QEMU has turned to it:
     /// a reader that sees the name knows that the old file is complete.
     async fn reopen(&self, chardev: &str, path: &Path) -> Result<(), VmmError> {
-        let mut fresh = path.as_os_str().to_owned();
-        fresh.push(".new");
-        let fresh = PathBuf::from(fresh);
+        let fresh = beside(path, ".new");
         let lent = self.control.lend(append_only(&fresh)?).await?;
         let backend = json!({ "type": "file", "data": { "out": lent.path(), "append": true } });
         let arguments = json!({ "id": chardev, "backend": backend });
         let changed = self.command("chardev-change", arguments, COMMAND_DEADLINE).await;
         self.control.take_back(lent).await?;
         changed?;
-        std::fs::rename(&fresh, path).map_err(|source| VmmError::Io {
-            context: format!("cannot rename {}", fresh.display()),
-            source,
-        })
-    }
-
-    fn remove_sockets(&self) {
-        for path in [
-            self.control.socket(),
-            self.agent_path.as_path(),
-            &self.agent_path.with_file_name(PID_FILE),
-        ] {
-            let _ = std::fs::remove_file(path);
-        }
+        std::fs::rename(&fresh, path).map_err(io_error("cannot rename", &fresh))
     }
 
     /// Why it ended, from what events, the kernel and, last, the console said.
     fn exit_kind(&self, ended: Ended) -> ExitKind {
         let told = self.control.ending();
-        let killed = self.killed.load(Ordering::Acquire);
-        if told.panicked {
-            return ExitKind::Panic {
-                message: self.console.panic_message(),
-            };
-        }
+        let message = self.console.panic_message();
         match (told.shutdown.as_deref(), ended) {
+            _ if told.panicked => ExitKind::Panic { message },
             (Some("guest-shutdown"), _) => ExitKind::PowerOff,
-            (Some("guest-panic"), _) => ExitKind::Panic {
-                message: self.console.panic_message(),
-            },
-            (Some("guest-reset"), _) => match self.console.panic_message() {
-                Some(message) => ExitKind::Panic {
-                    message: Some(message),
-                },
-                None => ExitKind::Reset,
-            },
-            _ if killed => ExitKind::Stopped,
+            (Some("guest-panic"), _) => ExitKind::Panic { message },
+            (Some("guest-reset"), _) if message.is_some() => ExitKind::Panic { message },
+            (Some("guest-reset"), _) => ExitKind::Reset,
+            _ if self.control.process().was_stopped() => ExitKind::Stopped,
             (_, Ended::Signal(number)) => ExitKind::Signal { number },
             // QEMU turns the polite signals into an orderly end.
             (Some("host-signal"), _) => ExitKind::Signal {
@@ -130,16 +102,10 @@ impl QemuMachine {
             },
             (_, Ended::Code(code)) if code != 0 => ExitKind::Code { code },
             // Nobody listened when it ended: the console is the only witness left.
-            _ => match self.console.panic_message() {
-                Some(message) => ExitKind::Panic {
-                    message: Some(message),
-                },
-                None if self.console.shows_power_off() => ExitKind::PowerOff,
-                None => match ended {
-                    Ended::Code(code) => ExitKind::Code { code },
-                    _ => ExitKind::Unknown,
-                },
-            },
+            _ if message.is_some() => ExitKind::Panic { message },
+            _ if self.console.shows_power_off() => ExitKind::PowerOff,
+            (_, Ended::Code(code)) => ExitKind::Code { code },
+            (_, Ended::Unseen) => ExitKind::Unknown,
         }
     }
 }
@@ -159,7 +125,7 @@ impl Machine for QemuMachine {
     }
 
     fn agent_channel(&self) -> AgentChannel {
-        AgentChannel::SerialSocket(self.agent_path.clone())
+        AgentChannel::SerialSocket(self.runtime_directory.join(AGENT_SOCKET))
     }
 
     fn agent_port(&self) -> Option<watch::Receiver<Option<bool>>> {
@@ -173,10 +139,10 @@ impl Machine for QemuMachine {
             "running" => Ok(RunState::Running),
             "shutdown" | "guest-panicked" => Ok(RunState::Shutdown),
             "io-error" => Ok(RunState::Stalled),
-            "internal-error" => Err(VmmError::Refused {
-                command: "query-status".to_owned(),
-                message: "the host's virtualisation cannot go on with this guest".to_owned(),
-            }),
+            "internal-error" => Err(VmmError::refused(
+                "query-status",
+                "the host's virtualisation cannot go on with this guest",
+            )),
             _ => Ok(RunState::Paused),
         }
     }
@@ -210,16 +176,8 @@ impl Machine for QemuMachine {
     }
 
     async fn kill(&self) -> Result<(), VmmError> {
-        let process = self.control.process();
-        if process.ended_now().is_none() {
-            self.killed.store(true, Ordering::Release);
-            process.kill().map_err(|source| VmmError::Io {
-                context: format!("cannot kill process {}", process.identity().pid),
-                source,
-            })?;
-            process.ended().await;
-        }
-        self.remove_sockets();
+        self.control.process().stop().await?;
+        remove_files(&self.runtime_directory);
         Ok(())
     }
 
@@ -229,10 +187,7 @@ impl Machine for QemuMachine {
 
     async fn exit_cause(&self) -> ExitCause {
         let Some(ended) = self.control.process().ended_now() else {
-            return ExitCause {
-                kind: ExitKind::Running,
-                console_tail: String::new(),
-            };
+            return ExitCause::running();
         };
         // The last events may still be on their way through the socket; the reader ends when it is empty.
         self.control.drained().await;
@@ -251,10 +206,6 @@ impl Machine for QemuMachine {
     }
 
     fn stats(&self) -> Result<MachineStats, VmmError> {
-        let process = self.control.process();
-        if process.ended_now().is_some() || !process.identity().is_alive() {
-            return Err(VmmError::Gone);
-        }
-        resident_and_cpu(process.identity().pid).map_err(|_| VmmError::Gone)
+        self.control.process().usage()
     }
 }

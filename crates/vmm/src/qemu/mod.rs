@@ -22,28 +22,26 @@ mod machine;
 mod qmp;
 mod restore;
 
-use std::fs;
-use std::io::{Seek, SeekFrom, Write};
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 
-use self::arguments::{AGENT_SOCKET, Handed, PID_FILE, QMP_SOCKET, Sockets, Start};
+use self::arguments::{AGENT_SOCKET, Handed, Host, PID_FILE, QMP_SOCKET, Sockets, Start};
+use self::binary::Facts;
 pub(crate) use self::binary::QemuHost;
 pub(crate) use self::board::Board;
 use self::control::Control;
 use self::machine::QemuMachine;
 use self::restore::StatePipe;
-use crate::console::{self, Console};
+use crate::console::Console;
 use crate::files::{append_only, io_error};
-use crate::process::{
-    Detached, KillOnDrop, ProcessHandle, Words, confines, limits, note_own_filter, processes_with_argument,
-    spawn_detached,
-};
+use crate::process::{Detached, ProcessHandle, Starting, Words, confines, limits, processes_with_argument};
+use crate::socket::listen_for_vmm;
+use crate::undo::Undo;
 use crate::{
     Capabilities, Feature, Jail, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore,
     StateIdentity, Vmm, VmmError, VmmKind,
@@ -67,12 +65,13 @@ impl Qemu {
 
     async fn start(&self, spec: &MachineSpec, restore: Option<Restore>) -> Result<QemuMachine, VmmError> {
         let facts = self.host.facts(self.board).await?;
-        check_memory(spec)?;
+        spec.check_memory_file(spec.memory_bytes)?;
+        let directory = spec.runtime_directory.clone();
+        let made = Undo::by(move || remove_files(&directory));
         let qmp_path = spec.runtime_directory.join(QMP_SOCKET);
         let agent_path = spec.runtime_directory.join(AGENT_SOCKET);
-        let sockets = OwnedSockets(vec![qmp_path.clone(), agent_path.clone()]);
-        let mut keep = vec![listen(&qmp_path)?, listen(&agent_path)?];
-        let numbers = Sockets {
+        let mut keep = vec![listen_for_vmm(&qmp_path)?, listen_for_vmm(&agent_path)?];
+        let sockets = Sockets {
             qmp: keep[0].as_raw_fd(),
             agent: keep[1].as_raw_fd(),
         };
@@ -96,83 +95,22 @@ impl Qemu {
                 (start, Some((restore, pipe.write)))
             }
         };
-        let mut program = facts.program.clone();
-        let mut host = facts.arguments.clone();
-        let (mut jail, mut restraint) = (None, None);
-        let arguments = if confines(&self.jail).await? {
-            program = fs::canonicalize(&program).map_err(io_error("cannot find", &facts.program))?;
-            let boots = start == Start::Boot;
-            let confined = confined::prepare(&self.jail, &program, spec, host.accelerator, boots)?;
-            // It asks for reading and writing, and is given what can only be read.
-            host.read_only_memory_files = false;
-            keep.extend(confined.keep);
-            jail = Some(confined.confinement);
-            arguments::arguments(
-                self.board,
-                &confined.spec,
-                &host,
-                numbers,
-                start,
-                &confined.handed,
-            )?
-        } else {
-            restraint = self
-                .jail
-                .restrain(&limits(self.jail.options(), spec, confined::OTHER_FILES));
-            arguments::arguments(self.board, spec, &host, numbers, start, &Handed::default())?
-        };
-        let forbid_holes = jail.is_none()
-            && matches!(spec.memory, MemoryBacking::Private(_))
-            && !host.read_only_memory_files;
         // Made by us so that they have our mode; QEMU would let everybody read what a workload prints.
         append_only(&spec.workload_log)?;
-        let mut log = append_only(&spec.vmm_log)?;
-        let log_start = log
-            .seek(SeekFrom::End(0))
-            .map_err(io_error("cannot read", &spec.vmm_log))?;
-        writeln!(log, "{}{}", console::START_MARK, spec.id)
-            .map_err(io_error("cannot write", &spec.vmm_log))?;
-        let words_failed = |source| VmmError::Io {
-            context: "cannot make room for what QEMU says".to_owned(),
-            source,
-        };
         let (console, output) = match &restore {
-            None => (Console::new(spec.vmm_log.clone(), None), log),
+            None => Console::begin(spec, None)?,
             Some(_) => {
-                let words = Words::new().map_err(words_failed)?;
-                let output = words.writer().map_err(words_failed)?;
-                (Console::new(spec.vmm_log.clone(), Some(words)), output)
+                let (words, writer) = Words::begin()?;
+                let (console, _log) = Console::begin(spec, Some(words))?;
+                (console, writer)
             }
         };
 
-        let spawned = tokio::task::spawn_blocking(move || {
-            spawn_detached(Detached {
-                program: &program,
-                arguments,
-                directory: Path::new("/"),
-                output,
-                errors: None,
-                keep: &keep,
-                forbid_holes,
-                jail,
-                restraint,
-            })
-        })
-        .await
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let spawned = spawned.map_err(io_error("cannot start", &facts.program))?;
-        let failed = || VmmError::StartFailed(console.tail_since(log_start));
-        let process = match ProcessHandle::of_child(spawned.pid) {
-            Ok(process) => Arc::new(process),
-            Err(error) => {
-                tracing::debug!(%error, "QEMU ended before it could be looked at");
-                return Err(failed());
-            }
-        };
-        let guard = KillOnDrop::of(&process);
-        let control = Control::new(spec.id.clone(), Arc::clone(&process), qmp_path);
+        let program = self.detached(&facts, spec, sockets, start, keep, output).await?;
+        let starting = Starting::spawn(self.board.kind(), program, &console).await?;
+        let control = Control::new(spec.id.clone(), Arc::clone(starting.process()), qmp_path);
         let identity = facts.state_identity(self.board);
-        let machine = QemuMachine::new(control, console.clone(), spec, Some(identity));
+        let machine = QemuMachine::new(control, console, spec, Some(identity));
         let ready = async {
             machine.control().connect(START_DEADLINE).await?;
             match restore {
@@ -180,28 +118,61 @@ impl Qemu {
                 None => Ok(()),
             }
         };
-        tokio::select! {
-            biased;
-            outcome = ready => match outcome {
-                Ok(()) => {}
-                // The connection ends a moment before the process does.
-                Err(VmmError::Gone) => {
-                    process.kill().map_err(io_error("cannot kill", &facts.program))?;
-                    process.ended().await;
-                    return Err(failed());
-                }
-                Err(error) => {
-                    process.kill().map_err(io_error("cannot kill", &facts.program))?;
-                    process.ended().await;
-                    return Err(error);
-                }
-            },
-            _ = process.ended() => return Err(failed()),
-        }
-        let jail = note_own_filter(spawned, &self.jail, self.board.kind()).await?;
-        guard.forget();
-        std::mem::forget(sockets);
+        let ((), jail) = starting.until(ready).await?;
+        made.forget();
         Ok(machine.in_jail(jail))
+    }
+
+    /// The program with its command line, in the jail where there is one.
+    async fn detached(
+        &self,
+        facts: &Facts,
+        spec: &MachineSpec,
+        sockets: Sockets,
+        start: Start,
+        mut keep: Vec<OwnedFd>,
+        output: File,
+    ) -> Result<Detached, VmmError> {
+        let directory = PathBuf::from("/");
+        if !confines(&self.jail).await? {
+            let host = &facts.arguments;
+            let handed = Handed::default();
+            let limits = limits(self.jail.options(), spec, confined::OTHER_FILES);
+            return Ok(Detached {
+                program: facts.program.clone(),
+                arguments: arguments::arguments(self.board, spec, host, sockets, start, &handed)?,
+                directory,
+                output,
+                errors: None,
+                keep,
+                forbid_holes: matches!(spec.memory, MemoryBacking::Private(_))
+                    && !host.read_only_memory_files,
+                jail: None,
+                restraint: self.jail.restrain(&limits),
+            });
+        }
+        let program = fs::canonicalize(&facts.program).map_err(io_error("cannot find", &facts.program))?;
+        let accelerator = facts.arguments.accelerator;
+        let confined = confined::prepare(&self.jail, &program, spec, accelerator, start == Start::Boot)?;
+        let host = Host {
+            // It asks for reading and writing, and is given what can only be read.
+            read_only_memory_files: false,
+            ..facts.arguments.clone()
+        };
+        let (seen, handed) = (&confined.spec, &confined.handed);
+        let arguments = arguments::arguments(self.board, seen, &host, sockets, start, handed)?;
+        keep.extend(confined.keep);
+        Ok(Detached {
+            program,
+            arguments,
+            directory,
+            output,
+            errors: None,
+            keep,
+            forbid_holes: false,
+            jail: Some(confined.confinement),
+            restraint: None,
+        })
     }
 }
 
@@ -254,16 +225,11 @@ impl Vmm for Qemu {
         process: &ProcessIdentity,
         identity: Option<&StateIdentity>,
     ) -> Result<Box<dyn Machine>, VmmError> {
-        let handle = ProcessHandle::of_recorded(process)
-            .map_err(|source| VmmError::Io {
-                context: format!("cannot look at process {}", process.pid),
-                source,
-            })?
-            .ok_or(VmmError::Gone)?;
+        let handle = ProcessHandle::adopt(process)?;
         let socket = spec.runtime_directory.join(QMP_SOCKET);
         let console = Console::new(spec.vmm_log.clone(), Words::of(handle.identity()));
         let machine = QemuMachine::new(
-            Control::new(spec.id.clone(), Arc::new(handle), socket),
+            Control::new(spec.id.clone(), handle, socket),
             console,
             spec,
             identity.cloned(),
@@ -283,51 +249,14 @@ impl Vmm for Qemu {
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
         let pid_file = runtime_directory.join(PID_FILE);
-        processes_with_argument(pid_file.as_os_str(), |executable| {
-            executable
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("qemu"))
-        })
-        .map_err(io_error("cannot scan", Path::new("/proc")))
+        processes_with_argument("qemu", pid_file.as_os_str())
+            .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
 
-/// Removes sockets of a start that failed.
-struct OwnedSockets(Vec<PathBuf>);
-
-impl Drop for OwnedSockets {
-    fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = fs::remove_file(path);
-            let _ = fs::remove_file(path.with_file_name(PID_FILE));
-        }
+/// Removes everything of a machine that is gone.
+fn remove_files(runtime_directory: &Path) {
+    for name in [QMP_SOCKET, AGENT_SOCKET, PID_FILE] {
+        let _ = fs::remove_file(runtime_directory.join(name));
     }
-}
-
-/// QEMU would make a file that is not there, and take a directory for a place to make one in.
-fn check_memory(spec: &MachineSpec) -> Result<(), VmmError> {
-    let MemoryBacking::Private(path) = &spec.memory else {
-        return Ok(());
-    };
-    let about = fs::metadata(path).map_err(io_error("cannot look at", path))?;
-    if !about.is_file() || about.len() < spec.memory_bytes {
-        return Err(VmmError::InvalidSpec(format!(
-            "{} is no file of {} bytes of memory",
-            path.display(),
-            spec.memory_bytes
-        )));
-    }
-    Ok(())
-}
-
-fn listen(path: &Path) -> Result<OwnedFd, VmmError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(io_error("cannot remove", path)(error));
-        }
-        _ => {}
-    }
-    UnixListener::bind(path)
-        .map(OwnedFd::from)
-        .map_err(io_error("cannot listen on", path))
 }

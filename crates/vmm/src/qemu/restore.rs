@@ -8,7 +8,7 @@
 //! memory while they are loaded.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::capture;
-use super::control::{COMMAND_DEADLINE, Control, Load, unresponsive};
+use super::control::{COMMAND_DEADLINE, Control, Load};
+use crate::blocking::blocking;
 use crate::{Restore, VmmError};
 
 /// How long the loading may take. It takes 10 ms on an idle host.
@@ -33,10 +34,9 @@ pub(super) struct StatePipe {
 
 impl StatePipe {
     pub(super) fn new() -> Result<Self, VmmError> {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| VmmError::Io {
-            context: "cannot make a pipe".to_owned(),
-            source: error.into(),
-        })?;
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(VmmError::io("cannot make a pipe"))?;
         // Only spares waiting; a host may forbid it.
         let _ = fcntl_setpipe_size(&write, PIPE_BYTES);
         Ok(Self { read, write })
@@ -70,13 +70,9 @@ pub(super) async fn load(
         memory,
     )?;
     if let (Some(patch), Some(memory)) = (patch, memory) {
-        let outcome = tokio::task::spawn_blocking(move || patch(&memory)).await;
-        outcome
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|source| VmmError::Io {
-                context: "cannot write the memory of the restored machine".to_owned(),
-                source,
-            })?;
+        blocking(move || patch(&memory))
+            .await
+            .map_err(VmmError::io("cannot write the memory of the restored machine"))?;
     }
     let mut progress = control.load();
     // Not waited for: the reader's verdict counts, and a reader that is gone ends the writer.
@@ -84,7 +80,10 @@ pub(super) async fn load(
     match tokio::time::timeout(LOAD_DEADLINE, loaded(&mut progress)).await {
         Ok(Load::Completed) => Ok(()),
         Ok(_) => Err(VmmError::Gone),
-        Err(_) => Err(unresponsive("the loading of a device state", LOAD_DEADLINE)),
+        Err(_) => Err(VmmError::unresponsive(
+            "the loading of a device state",
+            LOAD_DEADLINE,
+        )),
     }
 }
 

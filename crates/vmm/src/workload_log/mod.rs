@@ -38,7 +38,7 @@ use tokio::task::AbortHandle;
 use self::record::FileId;
 use self::writer::{Appended, Writer};
 use crate::VmmError;
-use crate::files::io_error;
+use crate::files::{io_error, remove_if_there};
 use crate::socket::open_to_vmm;
 
 /// Read at a time, in bytes.
@@ -68,12 +68,7 @@ impl WorkloadLog {
     /// The socket or the files can't be made.
     pub fn listen(socket: &Path, log: &Path) -> Result<WorkloadLog, VmmError> {
         let writer = take_over(log)?;
-        match std::fs::remove_file(socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(io_error("cannot remove", socket)(error));
-            }
-            _ => {}
-        }
+        remove_if_there(socket).map_err(io_error("cannot remove", socket))?;
         let listener = UnixListener::bind(socket).map_err(io_error("cannot listen on", socket))?;
         open_to_vmm(socket).map_err(io_error("cannot open to its VMM", socket))?;
         let metadata = std::fs::symlink_metadata(socket).map_err(io_error("cannot look at", socket))?;

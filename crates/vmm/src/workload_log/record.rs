@@ -12,9 +12,11 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use hypeman_guest_api::workload_log::{Position, TOKEN, Token};
+
+use crate::files::beside;
 
 const MARK: [u8; 16] = *b"hypeman-logpos1\n";
 const BYTES: usize = 64;
@@ -122,13 +124,6 @@ impl RecordFile {
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
         self.0.write_all_at(&record.encode(), 0)
     }
-}
-
-/// The name of a file that belongs to a log.
-pub(super) fn beside(log: &Path, suffix: &str) -> PathBuf {
-    let mut name = log.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 #[cfg(test)]

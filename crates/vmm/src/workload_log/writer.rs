@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use hypeman_guest_api::workload_log::{self, Hello, Position, START, Token};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::record::{FileId, Record, RecordFile, beside};
+use super::record::{FileId, Record, RecordFile};
 use crate::VmmError;
-use crate::files::{append_only, io_error, make_directory_of};
+use crate::files::{append_only, beside, io_error, make_directory_of};
 
 /// What became of bytes.
 #[derive(Debug, PartialEq, Eq)]

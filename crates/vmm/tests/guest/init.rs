@@ -218,6 +218,22 @@ impl Writer {
     }
 }
 
+const POWER_OFF: c_int = 0x4321_fedc;
+const RESTART: c_int = 0x0123_4567;
+
+/// Some machines have none, and say so: asked to switch off, their kernel would halt for ever.
+fn has_power_switch() -> bool {
+    !fs::read_to_string("/proc/cmdline").unwrap().contains("hypeman.end=reset")
+}
+
+fn end(command: c_int) -> String {
+    unsafe {
+        sync();
+        reboot(command);
+    }
+    String::new()
+}
+
 struct Load {
     stop: Arc<AtomicBool>,
     writers: Vec<JoinHandle<Writer>>,
@@ -335,6 +351,7 @@ fn main() {
             }
             "verdict" => load.take().map_or("no load".to_owned(), |load: Load| load.verdict()),
             "memory" => fs::read_to_string("/proc/meminfo").unwrap().lines().next().unwrap_or("").to_owned(),
+            "free" => fs::read_to_string("/proc/meminfo").unwrap().lines().nth(1).unwrap_or("").to_owned(),
             "net" => fs::read_to_string("/sys/class/net/eth0/address").unwrap_or_default().trim().to_owned(),
             "flood" => {
                 for count in 0..number {
@@ -346,16 +363,8 @@ fn main() {
                 fs::write("/dev/console", "words on the console\n").unwrap();
                 "written".to_owned()
             }
-            "poweroff" => unsafe {
-                sync();
-                reboot(0x4321_fedc_u32 as c_int);
-                String::new()
-            },
-            "reboot" => unsafe {
-                sync();
-                reboot(0x0123_4567);
-                String::new()
-            },
+            "poweroff" => end(if has_power_switch() { POWER_OFF } else { RESTART }),
+            "reboot" => end(RESTART),
             "panic" => {
                 fs::write("/proc/sysrq-trigger", "c").unwrap();
                 String::new()

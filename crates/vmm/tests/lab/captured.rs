@@ -15,7 +15,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::Instant;
 
-use hypeman_vmm::{Machine, MachineSpec, Patch, Restore, RunState, StateIdentity, VmmKind};
+use hypeman_vmm::{
+    Capabilities, Feature, Machine, MachineSpec, Patch, Restore, RunState, StateIdentity, VmmError, VmmKind,
+};
 
 use super::{Agent, Lab, PATIENCE, Running};
 
@@ -87,6 +89,10 @@ pub async fn take(machine: &dyn Machine) -> Captured {
 pub async fn capture(machine: &dyn Machine) -> Captured {
     let start = Instant::now();
     machine.pause().await.unwrap();
+    take_and_resume(machine, start).await
+}
+
+async fn take_and_resume(machine: &dyn Machine, start: Instant) -> Captured {
     let captured = take(machine).await;
     machine.resume().await.unwrap();
     println!(
@@ -97,6 +103,45 @@ pub async fn capture(machine: &dyn Machine) -> Captured {
         captured.ranges.len()
     );
     captured
+}
+
+/// `None`, with the reason printed, where this host's KVM does not give what a capture needs.
+pub async fn capture_where_possible(lab: &Lab, kind: VmmKind, machine: &Running) -> Option<Captured> {
+    machine.pause().await.unwrap();
+    match machine.save_devices().await {
+        Err(VmmError::Refused { message, .. }) if message.contains("nested guest state") => {
+            println!(
+                "SKIPPED: this host's KVM has no state of nested guests, without which nothing is captured"
+            );
+            let Capabilities::Available { features, .. } = lab.driver(kind).capabilities().await else {
+                panic!("it was just used")
+            };
+            assert!(!features.contains(&Feature::Snapshots), "{features:?}");
+            None
+        }
+        outcome => {
+            outcome.unwrap();
+            Some(take_and_resume(&**machine, Instant::now()).await)
+        }
+    }
+}
+
+/// A device state as the disk, a bad day or an attacker may make it.
+pub fn damaged(state: &[u8]) -> [(&'static str, Vec<u8>); 5] {
+    let mut flipped = state.to_vec();
+    flipped[4] ^= 1;
+    // The body of the VMM's own part: whatever it says, it is read as data.
+    let mut scrambled = state.to_vec();
+    let middle = scrambled.len() / 4;
+    scrambled[middle..middle + 64].fill(b'x');
+    let text = b"this is no device state at all, but it is quite long".repeat(1000);
+    [
+        ("empty", Vec::new()),
+        ("text", text),
+        ("half", state[..state.len() / 2].to_vec()),
+        ("flipped", flipped),
+        ("scrambled", scrambled),
+    ]
 }
 
 pub async fn restore(

@@ -8,6 +8,7 @@
 )]
 
 pub mod captured;
+pub mod stories;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,6 +24,8 @@ use tokio::net::UnixStream;
 
 /// Long enough for any machine, however busy.
 pub const PATIENCE: Duration = Duration::from_secs(400);
+/// A guest that is up answers within this, however slow it is.
+const SILENCE: Duration = Duration::from_secs(10);
 pub const BOARDS: [VmmKind; 2] = [VmmKind::Qemu, VmmKind::QemuMicrovm];
 
 pub struct Lab {
@@ -80,6 +83,20 @@ impl Lab {
         };
         let options = VmmOptions {
             cloud_hypervisor_binary: Some(binary),
+            trust_kvm: true,
+            ..VmmOptions::default()
+        };
+        Self::on_kvm(options)
+    }
+
+    /// A lab for Firecracker. `None`, with the reason printed, where this host lacks something.
+    pub fn firecracker() -> Option<Self> {
+        let Some(binary) = named_or_in_path("HYPEMAN_TEST_FIRECRACKER", "firecracker") else {
+            println!("SKIPPED: there is no Firecracker: set HYPEMAN_TEST_FIRECRACKER to its binary");
+            return None;
+        };
+        let options = VmmOptions {
+            firecracker_binary: Some(binary),
             trust_kvm: true,
             ..VmmOptions::default()
         };
@@ -216,7 +233,9 @@ impl Agent {
             AgentChannel::VsockSocket { path, port } => {
                 let reached = async {
                     loop {
-                        if let Some(agent) = Self::reach(&path, port).await {
+                        // Made just before a restored guest lets go of all connections, it is silent for ever.
+                        let attempt = tokio::time::timeout(SILENCE, Self::reach(&path, port)).await;
+                        if let Ok(Some(agent)) = attempt {
                             break agent;
                         }
                         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -227,7 +246,7 @@ impl Agent {
         }
     }
 
-    /// `None` while nobody in the guest listens.
+    /// `None` while nobody in the guest listens and answers.
     async fn reach(path: &Path, port: u32) -> Option<Self> {
         let mut agent = Self(BufReader::new(UnixStream::connect(path).await.ok()?));
         agent
@@ -238,7 +257,13 @@ impl Agent {
             .ok()?;
         let mut line = String::new();
         agent.0.read_line(&mut line).await.ok()?;
-        line.starts_with("OK ").then_some(agent)
+        if !line.starts_with("OK ") {
+            return None;
+        }
+        agent.0.get_mut().write_all(b"ping\n").await.ok()?;
+        line.clear();
+        agent.0.read_line(&mut line).await.ok()?;
+        (line == "pong\n").then_some(agent)
     }
 
     /// Sends an order and does not wait for what becomes of it.
@@ -278,6 +303,25 @@ pub async fn ended(machine: &dyn Machine) {
     tokio::time::timeout(PATIENCE, machine.exited())
         .await
         .expect("the machine should have ended");
+}
+
+/// Sends a signal to a VMM behind the back of its driver.
+pub fn signal(machine: &Running, signal: &str) {
+    let pid = machine.process().pid.to_string();
+    let status = Command::new("kill").args([signal, &pid]).status();
+    assert!(status.unwrap().success());
+}
+
+/// Of a machine that is gone only its logs stay.
+pub fn assert_nothing_is_left(lab: &Lab, kind: VmmKind, spec: &MachineSpec) {
+    let left: Vec<_> = std::fs::read_dir(&spec.runtime_directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.contains(".log") && !name.starts_with("vsock.sock_"))
+        .collect();
+    assert_eq!(left, [""; 0]);
+    let orphans = lab.driver(kind).find_orphans(&spec.runtime_directory).unwrap();
+    assert!(orphans.is_empty());
 }
 
 /// A file system of a few mebibytes that goes away with the test.

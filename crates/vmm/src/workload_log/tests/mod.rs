@@ -8,8 +8,8 @@ use std::fs;
 use hypeman_guest_api::workload_log::Outbox;
 use tempfile::TempDir;
 
-use super::record::beside;
 use super::*;
+use crate::files::beside;
 
 struct Place(TempDir);
 
