@@ -23,6 +23,7 @@ mod exec;
 mod exits;
 mod full_disk;
 mod full_disk_snapshots;
+mod hotplug;
 mod images;
 mod jail;
 mod lifecycle;

@@ -82,6 +82,7 @@ pub mod code {
     pub const INVALID_TIMEOUT: &str = "invalid_timeout";
     pub const INVALID_TTL: &str = "invalid_ttl";
     pub const LOG_NOT_FOUND: &str = "log_not_found";
+    pub const MEMORY_IN_USE: &str = "memory_in_use";
     pub const NAME_CONFLICT: &str = "name_conflict";
     pub const NOT_FOUND: &str = "not_found";
     pub const NOT_SUPPORTED: &str = "not_supported";

@@ -321,6 +321,9 @@ fn api_hint(status: u16, code: &str, message: &str) -> Option<String> {
         (_, "snapshot_damaged") => {
             "nothing was started: `hypeman snapshot verify` says what else is damaged; use another snapshot"
         }
+        (_, "memory_in_use") => {
+            "the guest goes on with all of its memory: end what uses it, or `hypeman stop` it and take a Stopped snapshot"
+        }
         (_, "restore_failed") => "`hypeman logs --source vmm` and `--source hypeman` of the instance say why",
         (_, "invalid_snapshot_compression") => "write zstd with level 1 to 19, or lz4 with level 0 to 9",
         (_, "invalid_cursor") => "give the id of a snapshot that the list has shown",
@@ -393,6 +396,7 @@ mod tests {
             (409, "incompatible"),
             (409, "snapshot_damaged"),
             (409, "restore_failed"),
+            (409, "memory_in_use"),
             (400, "invalid_snapshot_compression"),
             (400, "invalid_compression_delay"),
             (400, "invalid_cursor"),
@@ -427,6 +431,7 @@ mod tests {
             (409, "incompatible"),
             (409, "snapshot_damaged"),
             (409, "restore_failed"),
+            (409, "memory_in_use"),
             (409, "insufficient_resources"),
             (410, "cursor_gone"),
             (424, "registry_untrusted"),

@@ -51,6 +51,15 @@ pub enum EngineError {
     /// The guest was loaded and did not go on.
     #[error("the restored guest did not go on: {0}")]
     RestoreFailed(String),
+    /// The guest uses memory that was added to it, and would not fit into what is captured.
+    #[error(
+        "the guest still uses {bytes} bytes of its hotplug_size, which are not captured; let it use less and retry, or \
+         stop it first"
+    )]
+    MemoryInUse {
+        /// What it did not give back.
+        bytes: u64,
+    },
     /// Memory could not be kept or read.
     #[error(transparent)]
     Memory(hypeman_snapshots::Error),
@@ -160,6 +169,7 @@ impl From<VmmError> for EngineError {
             VmmError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Self::io("start the VMM", source)
             }
+            VmmError::MemoryInUse { bytes } => Self::MemoryInUse { bytes },
             other => Self::Vmm(other),
         }
     }

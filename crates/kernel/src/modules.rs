@@ -25,7 +25,7 @@ pub(crate) use signature::{are_demanded, without_signature};
 /// Without these no guest of ours comes up.
 pub(crate) const REQUIRED: [&str; 4] = ["virtio_blk", "virtio_console", "overlay", "erofs"];
 /// Taken where the kernel has them: transports first, so that devices are found while the rest loads.
-const WANTED: [&str; 13] = [
+const WANTED: [&str; 14] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_console",
@@ -36,13 +36,20 @@ const WANTED: [&str; 13] = [
     "virtio_net",
     "virtio_rng",
     "virtio_balloon",
+    "virtio_mem",
     "vmw_vsock_virtio_transport",
     "pvpanic_mmio",
     "tcp_diag",
 ];
 /// Whoever needs these can wait until the program runs: the host has given the first entropy, and nobody takes
-/// memory back from a guest that boots. The last one ends the connections that a fork has from its source.
-const LATE: [&str; 4] = ["virtio_rng", "virtio_balloon", "pvpanic_mmio", "tcp_diag"];
+/// memory from a guest that boots, or gives it more. The last one ends the connections that a fork has from its source.
+const LATE: [&str; 5] = [
+    "virtio_rng",
+    "virtio_balloon",
+    "virtio_mem",
+    "pvpanic_mmio",
+    "tcp_diag",
+];
 /// Its devices can be named on the kernel's command line, where nothing asks for a driver.
 const ALWAYS: [&str; 1] = ["virtio_mmio"];
 /// Some names in dependencies are algorithms, not modules.

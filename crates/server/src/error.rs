@@ -200,6 +200,7 @@ impl From<EngineError> for ApiError {
             EngineError::Incompatible(_) => Self::new(StatusCode::CONFLICT, code::INCOMPATIBLE, message),
             EngineError::Damaged(_) => Self::new(StatusCode::CONFLICT, code::SNAPSHOT_DAMAGED, message),
             EngineError::RestoreFailed(_) => Self::new(StatusCode::CONFLICT, code::RESTORE_FAILED, message),
+            EngineError::MemoryInUse { .. } => Self::new(StatusCode::CONFLICT, code::MEMORY_IN_USE, message),
             EngineError::Invalid { code, .. } => Self::invalid(code, message),
             EngineError::ImageNotReady(_) => Self::invalid(code::IMAGE_NOT_READY, message),
             EngineError::InsufficientResources(_) => {
@@ -342,6 +343,7 @@ mod tests {
                 "snapshot_damaged",
             ),
             (EngineError::RestoreFailed("no answer".into()), "restore_failed"),
+            (EngineError::MemoryInUse { bytes: 1 << 20 }, "memory_in_use"),
         ] {
             let error = ApiError::from(error);
             assert_eq!((error.status(), error.code()), (StatusCode::CONFLICT, code));

@@ -47,6 +47,12 @@ pub enum VmmError {
         /// The VMM's own words.
         message: String,
     },
+    /// The guest still has memory that was added to it, which a captured state does not hold.
+    #[error("the guest still has {bytes} bytes of the memory that was added to it")]
+    MemoryInUse {
+        /// How much of it.
+        bytes: u64,
+    },
     /// Host I/O failed.
     #[error("{context}: {source}")]
     Io {

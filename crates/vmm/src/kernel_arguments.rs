@@ -32,7 +32,12 @@ pub(crate) fn qemu(spec: &MachineSpec, tsc_khz: Option<u64>) -> Result<String, V
 
 /// For Cloud Hypervisor.
 pub(crate) fn cloud_hypervisor(spec: &MachineSpec) -> Result<String, VmmError> {
-    line(spec, vec!["reboot=k".to_owned()])
+    let mut words = vec!["reboot=k".to_owned()];
+    if spec.hotplug_bytes > 0 {
+        // Added memory comes into use by itself, and the kernel puts nothing there that it could not move away again.
+        words.push("memhp_default_state=online_movable".to_owned());
+    }
+    line(spec, words)
 }
 
 /// For Firecracker, which has no power to switch off: it ends when its guest resets it by the keyboard controller.

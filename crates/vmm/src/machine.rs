@@ -311,6 +311,10 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
 
     /// The state of all devices and processors of a paused machine. Guest memory is not in it; from the end of this
     /// call until [`Machine::resume`] nothing changes it.
+    ///
+    /// # Errors
+    /// [`VmmError::MemoryInUse`] when the guest has memory that was added, of which [`Machine::guest_memory`] knows
+    /// nothing.
     async fn save_devices(&self) -> Result<Vec<u8>, VmmError>;
 
     /// Opens the targets of copies and writes back what the host has cached of the disks, so that the pause, with
@@ -349,7 +353,12 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
 #[async_trait]
 pub trait Adjust: Send + Sync {
     /// Gives the guest this much memory in all: what it began with, and of [`MachineSpec::hotplug_bytes`] the rest.
+    /// Asking again for the same is no error.
     async fn set_memory(&self, bytes: u64) -> Result<(), VmmError>;
+
+    /// How many bytes of [`MachineSpec::hotplug_bytes`] the guest has now. It takes and gives back in its own time, and
+    /// nothing once what it has is what was set.
+    async fn added_memory(&self) -> Result<u64, VmmError>;
 
     /// Asks the guest's balloon to hold this much.
     async fn set_balloon(&self, bytes: u64) -> Result<(), VmmError>;

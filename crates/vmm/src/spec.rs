@@ -21,7 +21,8 @@ pub struct MachineSpec {
     pub memory_bytes: u64,
     /// What guest memory is made of.
     pub memory: MemoryBacking,
-    /// Memory that may be added while the machine runs, in bytes. A machine that may have some cannot be captured.
+    /// Memory that may be added while the machine runs, in bytes; see [`Adjust::set_memory`](crate::Adjust::set_memory).
+    /// A machine is captured without it: only while its guest has none.
     #[serde(default)]
     pub hotplug_bytes: u64,
     /// Uncompressed PVH-bootable kernel.

@@ -230,9 +230,6 @@ async fn memory_and_disks_change_while_a_machine_runs() {
         return;
     };
     let mut spec = lab.vsock_spec("changes");
-    // Where nothing in the guest takes new memory into use.
-    spec.kernel_arguments
-        .push("memhp_default_state=online_movable".to_owned());
     spec.hotplug_bytes = 256 << 20;
     spec.disks = vec![lab.disk("first", 2)];
     let machine = lab.launch(KIND, &spec).await;
@@ -252,6 +249,9 @@ async fn memory_and_disks_change_while_a_machine_runs() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     println!("the guest has more memory");
+    assert_eq!(adjust.added_memory().await.unwrap(), 128 << 20);
+    // Asked again, it is no other wish.
+    adjust.set_memory(spec.memory_bytes + (128 << 20)).await.unwrap();
     adjust.set_balloon(32 << 20).await.unwrap();
     adjust.set_balloon(0).await.unwrap();
     let second = lab.disk("second", 3);
@@ -271,11 +271,75 @@ async fn memory_and_disks_change_while_a_machine_runs() {
         adjust.set_memory(too_much).await,
         Err(VmmError::Refused { .. })
     ));
-    machine.pause().await.unwrap();
-    assert!(matches!(
-        machine.save_devices().await,
-        Err(VmmError::Unsupported { .. })
-    ));
     machine.kill().await.unwrap();
     assert_nothing_is_left(&lab, KIND, &spec);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_is_captured_without_memory_that_was_added_or_not_at_all() {
+    let Some(lab) = Lab::cloud_hypervisor() else {
+        return;
+    };
+    let driver = lab.driver(KIND);
+    let mut spec = lab.vsock_spec("larger");
+    spec.hotplug_bytes = 256 << 20;
+    let all = spec.memory_bytes + spec.hotplug_bytes;
+    let source = lab.launch(KIND, &spec).await;
+    let mut agent = Agent::connect(&*source).await;
+    let adjust = source.adjust().unwrap();
+    agent.ask("dirty 64").await;
+    let checksum = agent.ask("checksum").await;
+    adjust.set_memory(all).await.unwrap();
+    until_added(&source, spec.hotplug_bytes).await;
+
+    // With it, there is no state that would be whole; the guest goes on.
+    source.pause().await.unwrap();
+    let refusal = source.save_devices().await.unwrap_err();
+    println!("captured with all of its memory: {refusal}");
+    if !matches!(refusal, VmmError::MemoryInUse { bytes } if bytes == spec.hotplug_bytes) {
+        assert!(refusal.to_string().contains("nested guest state"), "{refusal}");
+        return;
+    }
+    source.resume().await.unwrap();
+    assert_eq!(agent.ask("checksum").await, checksum);
+
+    adjust.set_memory(spec.memory_bytes).await.unwrap();
+    until_added(&source, 0).await;
+    let Some(captured) = capture_where_possible(&lab, KIND, &source).await else {
+        return;
+    };
+    assert_eq!(captured.length, spec.memory_bytes);
+    source.kill().await.unwrap();
+
+    // Where there is no room for more, it is another machine.
+    let base = lab.directory.path().join("larger-base");
+    captured.write_base(&base);
+    let restore = || async {
+        Restore {
+            identity: driver.state_identities().await.unwrap().remove(0),
+            device_state: captured.state.clone(),
+            patch: None,
+        }
+    };
+    let mut fork = lab.vsock_spec("largerfork");
+    fork.memory = MemoryBacking::Private(base);
+    let refusal = driver.restore(&fork, restore().await).await.unwrap_err();
+    assert!(matches!(refusal, VmmError::StartFailed(_)), "{refusal:?}");
+
+    fork.hotplug_bytes = spec.hotplug_bytes;
+    let machine = Running::of(driver.restore(&fork, restore().await).await.unwrap());
+    machine.resume().await.unwrap();
+    let mut agent = Agent::connect(&*machine).await;
+    assert_eq!(agent.ask("checksum").await, checksum);
+    machine.adjust().unwrap().set_memory(all).await.unwrap();
+    until_added(&machine, spec.hotplug_bytes).await;
+    assert_eq!(agent.ask("checksum").await, checksum);
+    machine.kill().await.unwrap();
+}
+
+/// Waits until the guest has taken or given back what it should.
+async fn until_added(machine: &Running, bytes: u64) {
+    while machine.adjust().unwrap().added_memory().await.unwrap() != bytes {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

@@ -17,6 +17,7 @@ use hypeman_store::journal;
 use hypeman_vmm::{Disk, IoLimit, Machine, MachineSpec, MemoryBacking, Nic, VmmError};
 use jiff::Timestamp;
 
+use super::added_memory::Added;
 use super::disks::{create_overlay, sync_overlay};
 use super::driver::{Driver, Run};
 use super::link::{Link, Welcome};
@@ -136,6 +137,7 @@ impl Driver {
             link,
             program_exit: None,
             failure: None,
+            added: Added::Withheld,
         });
         self.observe(&Observation::Launched {
             without_agent: self.record.skip_guest_agent,
@@ -239,7 +241,7 @@ pub(super) fn machine_spec(
         cpus: record.vcpus,
         memory_bytes: record.memory_bytes,
         memory: MemoryBacking::Anonymous,
-        hotplug_bytes: 0,
+        hotplug_bytes: record.hotplug_bytes,
         kernel,
         initramfs,
         kernel_arguments: Vec::new(),

@@ -126,6 +126,7 @@ impl Driver {
         let held = self.note_cut(&machine, held);
         let resumed = machine.resume().await;
         faults::point("capture.resumed");
+        self.give_memory().await;
         self.let_go(held).await;
         let pause = began.elapsed();
         faults::point("capture.let_go");
@@ -343,9 +344,10 @@ fn remove(directory: &Path) {
 }
 
 impl Driver {
-    /// Stops the guest and takes what must belong to one instant. The caller lets it go on, whatever comes of it.
+    /// Takes back what memory was added, stops the guest and takes what must belong to one instant. The caller lets it go
+    /// on, whatever comes of it.
     async fn take(
-        &self,
+        &mut self,
         machine: &Arc<dyn Machine>,
         prepared: Prepared,
         overlay: &Path,
@@ -356,6 +358,7 @@ impl Driver {
             room,
             mut disk,
         } = prepared;
+        self.take_memory_back(machine).await?;
         machine.pause().await?;
         faults::point("capture.paused");
         let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());

@@ -20,6 +20,7 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 
 use super::action_log::ActionLog;
+use super::added_memory::Added;
 use super::link::{Link, LinkEvent};
 use super::model::{Expiry, Instance, InstanceRecord, InstanceUpdate, StartOverrides};
 use super::request::{Operation, Request};
@@ -47,6 +48,8 @@ pub(super) struct Run {
     pub(super) program_exit: Option<ExitReason>,
     /// Why the server ends this run itself, for people.
     pub(super) failure: Option<String>,
+    /// The memory beside what it began with.
+    pub(super) added: Added,
 }
 
 /// What a driver still does after an answer, before it takes the next request.
@@ -184,6 +187,7 @@ impl Driver {
                     }
                 }
             }
+            self.give_memory().await;
         }
     }
 

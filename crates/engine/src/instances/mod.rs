@@ -1,7 +1,7 @@
 //! Instances: the driver of each, the table of all, their disks and logs.
 
 mod action_log;
-
+mod added_memory;
 mod books;
 mod boot;
 pub(crate) mod capture;

@@ -26,6 +26,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::added_memory::Added;
 use super::boot::{adoption_spec, kill_leftovers};
 use super::disks::sweep_templates;
 use super::driver::{self, Driver, Run};
@@ -268,6 +269,7 @@ fn running(
         link,
         program_exit: None,
         failure: None,
+        added: Added::Withheld,
     });
     driver.log.line("the server is back: adopted");
     driver.lifecycle = Lifecycle::Stopped.observe(&Observation::Launched { without_agent });

@@ -26,6 +26,7 @@ use hypeman_vmm::{Machine, Restore};
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
+use super::added_memory::Added;
 use super::boot::{guest_config, kill, machine_spec};
 use super::driver::{Driver, Owed, Run};
 use super::link::{Link, Welcome};
@@ -78,8 +79,9 @@ impl Driver {
                 let held = self.note_cut(&machine, held);
                 match machine.resume().await {
                     Ok(()) => {
-                        self.let_go(held).await;
                         self.observe(&Observation::Resumed);
+                        self.give_memory().await;
+                        self.let_go(held).await;
                     }
                     // Its end, or its silence, is noticed by itself.
                     Err(resume) => tracing::error!(instance = %self.record.id, %resume, "not resumed"),
@@ -90,7 +92,7 @@ impl Driver {
         }
     }
 
-    /// Pauses the guest, makes its state durable, and commits it.
+    /// Takes back what memory was added, pauses the guest, makes its state durable, and commits it.
     async fn suspend(
         &mut self,
         machine: &Arc<dyn Machine>,
@@ -98,6 +100,7 @@ impl Driver {
         delay: Option<Duration>,
     ) -> Result<(InstanceRecord, Hold), EngineError> {
         let identity = self.state_identity(machine).await?;
+        self.take_memory_back(machine).await?;
         machine.pause().await?;
         self.observe(&Observation::Paused);
         faults::point("standby.paused");
@@ -349,6 +352,7 @@ impl Driver {
             link,
             program_exit: None,
             failure: None,
+            added: Added::Withheld,
         });
         // Its workload stands still until its guest was welcomed, also where nobody else may use the agent.
         self.observe(&Observation::Restored { without_agent: false });
@@ -391,6 +395,7 @@ impl Driver {
             return Err(error.into());
         }
         faults::point("restore.resumed");
+        self.give_memory().await;
         let foreign = self
             .record
             .run

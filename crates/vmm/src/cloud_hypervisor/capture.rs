@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::config::{self, COMMAND_LINE_ADDRESS, segments};
 use super::control::Control;
-use super::state::{self, Facts, PAGE};
+use super::state::{self, Facts, PAGE, StateError};
 use crate::kernel_arguments;
 use crate::memory::locate::{self, Signature};
 use crate::memory::{GuestMemory, Segment};
@@ -118,26 +118,41 @@ pub(super) async fn save_devices(
             )));
         }
     }
-    let work = move || -> io::Result<Vec<u8>> {
-        let bytes = saving.0.read(STATE_FILE, FILE_LIMIT)?;
-        let snapshot = state::parse(&bytes).map_err(io::Error::other)?;
-        let description: Value = serde_json::from_slice(&saving.0.read(CONFIG_FILE, FILE_LIMIT)?)?;
-        let offsets = state::pages_of_queues(&snapshot, memory.len()).map_err(io::Error::other)?;
-        let mut pages = vec![0; offsets.len() * PAGE as usize];
-        for (page, offset) in pages.chunks_exact_mut(PAGE as usize).zip(&offsets) {
-            memory.read(*offset, page)?;
-        }
+    let work = move || -> Result<Vec<u8>, VmmError> {
+        let bytes = saving.0.read(STATE_FILE, FILE_LIMIT).map_err(failed)?;
+        let description = saving.0.read(CONFIG_FILE, FILE_LIMIT).map_err(failed)?;
+        let description: Value =
+            serde_json::from_slice(&description).map_err(|error| failed(error.into()))?;
+        let snapshot = state::parse(&bytes).map_err(unusable)?;
+        let zone = &description["memory"]["zones"][0];
         let facts = Facts {
             memory_bytes: memory.len(),
             balloon_bytes: description["balloon"]["size"].as_u64().unwrap_or(0),
-            pages: offsets,
+            room_bytes: zone["hotplug_size"].as_u64().unwrap_or(0),
+            pages: Vec::new(),
         };
-        state::join(&facts, &bytes, &pages).map_err(io::Error::other)
+        state::check_added(&snapshot, facts.memory_bytes, facts.room_bytes).map_err(unusable)?;
+        let offsets = state::pages_of_queues(&snapshot, memory.len()).map_err(unusable)?;
+        let mut pages = vec![0; offsets.len() * PAGE as usize];
+        for (page, offset) in pages.chunks_exact_mut(PAGE as usize).zip(&offsets) {
+            memory.read(*offset, page).map_err(failed)?;
+        }
+        let facts = Facts {
+            pages: offsets,
+            ..facts
+        };
+        state::join(&facts, &bytes, &pages).map_err(unusable)
     };
     let outcome = tokio::task::spawn_blocking(work).await;
-    outcome
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
-        .map_err(failed)
+    outcome.unwrap_or_else(|error| Err(failed(io::Error::other(error))))
+}
+
+/// What is read of a machine is the memory that it began with: a guest that has more is not captured.
+fn unusable(error: StateError) -> VmmError {
+    match error {
+        StateError::InUse(bytes) => VmmError::MemoryInUse { bytes },
+        other => failed(io::Error::other(other)),
+    }
 }
 
 /// Whether the only thing that failed was to make the file that we had made.

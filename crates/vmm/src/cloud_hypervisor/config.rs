@@ -3,6 +3,7 @@
 //! ```text
 //! slot   1 …            disks, then the network interface, randomness, vsock, balloon, pvpanic
 //! RAM    0 ─ 3 GiB      and, without the hole of 32-bit devices, from 4 GiB on: one zone
+//!        behind it      at the next 128 MiB from 4 GiB on: what may be added, by virtio-mem
 //! ```
 //!
 //! Invariants:
@@ -36,6 +37,8 @@ pub(super) const MEBIBYTE: u64 = 1 << 20;
 pub(super) const HOLE: std::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
 /// Memory is added in blocks of this size.
 const HOTPLUG_BLOCK: u64 = 128 * MEBIBYTE;
+/// What a guest takes and gives back at once.
+const PLUG_BLOCK: u64 = 2 * MEBIBYTE;
 /// A PCI segment has 31 places besides its root. Seven are for the devices that are no disks, one of them for later.
 pub(super) const MAX_DISKS: usize = 24;
 const MAX_CPUS: u32 = 254;
@@ -65,6 +68,23 @@ pub(super) enum Start {
 /// Guest memory in bytes, as the machine has it.
 pub(super) fn memory_bytes(spec: &MachineSpec) -> u64 {
     spec.memory_bytes.next_multiple_of(MEBIBYTE)
+}
+
+/// Room for the memory that may be added, in bytes.
+pub(super) fn room_for_more(spec: &MachineSpec) -> u64 {
+    spec.hotplug_bytes.next_multiple_of(HOTPLUG_BLOCK)
+}
+
+/// Guest physical address of that room, behind memory that ends at this one.
+pub(super) fn place_for_more(end: u64) -> u64 {
+    end.max(HOLE.end).next_multiple_of(HOTPLUG_BLOCK)
+}
+
+/// What its zone is to have, for a machine that is to have so much memory in all. Both in bytes.
+pub(super) fn zone_bytes(spec: &MachineSpec, all: u64) -> u64 {
+    let more = all.saturating_sub(spec.memory_bytes);
+    let more = more.checked_next_multiple_of(PLUG_BLOCK).unwrap_or(u64::MAX);
+    memory_bytes(spec).saturating_add(more)
 }
 
 /// The pieces that guest memory has: below the hole, and above it.
@@ -172,7 +192,7 @@ fn memory(spec: &MachineSpec, start: Start) -> Result<Value, VmmError> {
     let mut memory = json!({ "size": 0 });
     if spec.hotplug_bytes > 0 {
         memory["hotplug_method"] = json!("VirtioMem");
-        zone["hotplug_size"] = json!(spec.hotplug_bytes.next_multiple_of(HOTPLUG_BLOCK));
+        zone["hotplug_size"] = json!(room_for_more(spec));
     }
     // Large pages make a boot faster. A machine that goes on writes here and there, and each page that it changes is
     // one to keep.

@@ -52,6 +52,29 @@ fn a_whole_machine_is_described_as_ever() {
 }
 
 #[test]
+fn memory_that_may_be_added_has_a_place_behind_the_rest() {
+    let mut larger = spec();
+    larger.memory_bytes = (512 << 20) + 1;
+    larger.hotplug_bytes = 300 << 20;
+    let zone = described(&larger, Start::Boot)["memory"]["zones"][0].clone();
+    assert_eq!(zone["hotplug_size"], 384_u64 << 20);
+    assert_eq!(room_for_more(&spec()), 0);
+    assert_eq!(place_for_more(512 << 20), 4 << 30);
+    assert_eq!(place_for_more((5 << 30) + 1), (5_u64 << 30) + HOTPLUG_BLOCK);
+    // Whole blocks, beside what the machine really began with.
+    let begun = 513_u64 << 20;
+    assert_eq!(zone_bytes(&larger, 0), begun);
+    assert_eq!(zone_bytes(&larger, larger.memory_bytes), begun);
+    assert_eq!(zone_bytes(&larger, larger.memory_bytes + 1), begun + PLUG_BLOCK);
+    let all = larger.memory_bytes + larger.hotplug_bytes;
+    assert_eq!(zone_bytes(&larger, all), begun + (300 << 20));
+    assert_eq!(zone_bytes(&larger, u64::MAX), u64::MAX);
+    let command_line = |spec: &MachineSpec| described(spec, Start::Boot)["payload"]["cmdline"].to_string();
+    assert!(command_line(&larger).contains("memhp_default_state=online_movable"));
+    assert!(!command_line(&spec()).contains("memhp"));
+}
+
+#[test]
 fn a_machine_that_goes_on_differs_in_its_memory_alone() {
     let mut restored = spec();
     restored.memory = MemoryBacking::Private("/data/memory".into());

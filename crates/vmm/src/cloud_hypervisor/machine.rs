@@ -17,7 +17,7 @@ use crate::own_directory::OwnDirectory;
 use crate::process::Ended;
 use crate::{
     Adjust, AgentChannel, DiskCopies, DiskCopy, ExitCause, ExitKind, GuestMemory, JailReport, Machine,
-    MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, VmmKind, WorkloadLog,
+    MachineSpec, MachineStats, ProcessIdentity, RunState, StateIdentity, VmmError, WorkloadLog,
 };
 use crate::{disk_copies, turn};
 
@@ -69,6 +69,11 @@ impl CloudHypervisorMachine {
     /// The way to the process.
     pub(super) fn control(&self) -> &Control {
         &self.control
+    }
+
+    /// What it was made of.
+    pub(super) fn spec(&self) -> &MachineSpec {
+        &self.spec
     }
 
     fn own(&self) -> OwnDirectory {
@@ -144,12 +149,6 @@ impl Machine for CloudHypervisorMachine {
     }
 
     async fn save_devices(&self) -> Result<Vec<u8>, VmmError> {
-        if self.spec.hotplug_bytes > 0 {
-            return Err(VmmError::Unsupported {
-                kind: VmmKind::CloudHypervisor,
-                feature: "capturing a machine to which memory may be added",
-            });
-        }
         let memory = self.guest_memory().await?;
         let saved = capture::save_devices(&self.control, &self.own(), memory).await;
         if let Err(VmmError::Refused { message, .. }) = &saved

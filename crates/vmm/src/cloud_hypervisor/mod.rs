@@ -60,6 +60,9 @@ const PROGRAM: &str = "cloud-hypervisor";
 const OLDEST: Version = Version::new(51, 2, 0);
 /// From it on, the balloon goes on when memory cannot be given back. Before, the machine ended.
 const PATIENT_BALLOON: Version = Version::new(52, 0, 0);
+/// From it on, it tells how much of the memory that may be added the guest has. Before, it told what was asked for, and
+/// nobody knew when all of it was given back.
+const TELLS_ADDED_MEMORY: Version = Version::new(52, 0, 0);
 /// How long a starting process may take until it answers. It takes 20 ms on an idle host.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 const MACHINE_TYPE: &str = "cloud-hypervisor";
@@ -319,7 +322,6 @@ fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
         Feature::Standby,
         Feature::Fork,
         Feature::Pause,
-        Feature::HotplugMemory,
         Feature::Vsock,
         Feature::GpuPassthrough,
         Feature::DiskIoLimit,
@@ -328,6 +330,9 @@ fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
     ];
     if abilities(version).balloon {
         features.push(Feature::BalloonControl);
+    }
+    if version >= TELLS_ADDED_MEMORY {
+        features.push(Feature::HotplugMemory);
     }
     if cannot_save {
         let of_saving = [
@@ -385,6 +390,8 @@ mod tests {
         assert!(!has(OLDEST, false, Feature::BalloonControl));
         assert!(has(PATIENT_BALLOON, false, Feature::BalloonControl));
         assert!(has(Version::new(53, 0, 0), false, Feature::BalloonControl));
+        assert!(!has(OLDEST, false, Feature::HotplugMemory));
+        assert!(has(TELLS_ADDED_MEMORY, false, Feature::HotplugMemory));
         for kept in [Feature::Snapshots, Feature::Standby, Feature::Fork] {
             assert!(has(OLDEST, false, kept) && !has(OLDEST, true, kept));
         }

@@ -69,7 +69,21 @@ impl Prepared {
         let start = Start::Restore {
             balloon_bytes: captured.facts.balloon_bytes,
         };
-        let description = config::config(spec, abilities, start)?.to_string();
+        let room_bytes = captured.facts.room_bytes;
+        // One that had no room for more goes on as it was.
+        let described = MachineSpec {
+            hotplug_bytes: if room_bytes == 0 { 0 } else { spec.hotplug_bytes },
+            ..spec.clone()
+        };
+        if room_bytes != config::room_for_more(&described) {
+            let words = format!(
+                "room for {room_bytes} more bytes, where it may have {}",
+                spec.hotplug_bytes
+            );
+            return Err(broken(StateError::Memory(words)));
+        }
+        state::check_added(&captured.snapshot, memory_bytes, room_bytes).map_err(broken)?;
+        let description = config::config(&described, abilities, start)?.to_string();
         let own = OwnDirectory::of(&spec.runtime_directory);
         let mark = match spec.memory {
             MemoryBacking::Anonymous => Some(
@@ -88,7 +102,8 @@ impl Prepared {
             true => Filled::new(&captured, mark.as_ref()),
             false => Filled::default(),
         };
-        let state = state::with_memory(captured.snapshot, memory_bytes, &filled.offsets).map_err(broken)?;
+        let state = state::with_memory(captured.snapshot, memory_bytes, room_bytes, &filled.offsets)
+            .map_err(broken)?;
         let prepared = Self { own, mark };
         for (name, bytes) in [
             (CONFIG_FILE, description.as_bytes()),

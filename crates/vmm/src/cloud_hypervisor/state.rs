@@ -10,15 +10,18 @@
 //! While it builds its devices from a state, Cloud Hypervisor reads how far each virtqueue was (the indices of its two
 //! rings) from guest memory. A [`crate::Patch`] comes later, so the pages with these indices travel in the state.
 //!
-//! Invariant: whoever made the bytes, nothing of them becomes a path or a command. Lengths and addresses are checked
-//! against the machine that is to be made.
+//! Invariants:
+//! - Whoever made the bytes, nothing of them becomes a path or a command. Lengths and addresses are checked against the
+//!   machine that is to be made.
+//! - Memory that was added to a machine is in no state: one whose guest has any is refused, when it is made as when it
+//!   is read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::config::{HOLE, ZONE, segments};
+use super::config::{HOLE, ZONE, place_for_more, segments};
 
 pub(super) const PAGE: u64 = 4096;
 const MAGIC: &[u8; 8] = b"hvchdev1";
@@ -46,6 +49,8 @@ pub(super) enum StateError {
     Queue(u64),
     #[error("it has more virtqueues than any machine")]
     ManyQueues,
+    #[error("its guest has {0} bytes of the memory that was added")]
+    InUse(u64),
 }
 
 /// One level of `state.json`.
@@ -68,6 +73,9 @@ pub(super) struct Facts {
     pub(super) memory_bytes: u64,
     /// What the balloon was told to hold.
     pub(super) balloon_bytes: u64,
+    /// Room for memory that may be added. None of it was in use.
+    #[serde(default)]
+    pub(super) room_bytes: u64,
     /// Offsets in guest memory of the pages behind the state, ascending.
     pub(super) pages: Vec<u64>,
 }
@@ -130,6 +138,60 @@ pub(super) fn split(bytes: &[u8], memory_bytes: u64) -> Result<Captured, StateEr
     })
 }
 
+/// The states of all parts.
+fn states(snapshot: &Snapshot) -> impl Iterator<Item = &str> {
+    let mut left = vec![snapshot];
+    let parts = std::iter::from_fn(move || {
+        let next = left.pop()?;
+        left.extend(next.snapshots.values());
+        Some(next.snapshot_data.as_ref())
+    });
+    parts.flatten().map(|data| data.state.as_str())
+}
+
+/// Memory that may be added, as the state of its device tells it.
+#[derive(Deserialize)]
+struct Added {
+    config: Room,
+    blocks_state: Blocks,
+}
+
+#[derive(Deserialize)]
+struct Room {
+    addr: u64,
+    region_size: u64,
+    plugged_size: u64,
+    requested_size: u64,
+}
+
+/// Whether the guest has each block.
+#[derive(Deserialize)]
+struct Blocks {
+    bitmap: Vec<bool>,
+}
+
+/// Makes sure that the guest has nothing of the memory that may be added, nor may take any, and that there is room for as
+/// much as the machine has.
+pub(super) fn check_added(snapshot: &Snapshot, memory_bytes: u64, room_bytes: u64) -> Result<(), StateError> {
+    let odd = |what: &str| StateError::Memory(what.to_owned());
+    let mut all = states(snapshot).filter_map(|state| serde_json::from_str::<Added>(state).ok());
+    let (added, others) = (all.next(), all.next());
+    if others.is_some() || added.is_some() != (room_bytes > 0) {
+        return Err(odd("another number of places for more"));
+    }
+    let Some(Added { config, blocks_state }) = added else {
+        return Ok(());
+    };
+    if config.region_size != room_bytes || config.addr != place_for_more(address(memory_bytes)) {
+        return Err(odd("a place for more that is elsewhere"));
+    }
+    let bytes = config.plugged_size.max(config.requested_size);
+    match bytes == 0 && !blocks_state.bitmap.contains(&true) {
+        true => Ok(()),
+        false => Err(StateError::InUse(bytes)),
+    }
+}
+
 /// A virtqueue, as the state of its device tells it.
 #[derive(Deserialize)]
 struct Queues {
@@ -146,13 +208,8 @@ struct Queue {
 /// Offsets of the pages in guest memory that hold the indices of virtqueues in use, ascending.
 pub(super) fn pages_of_queues(snapshot: &Snapshot, memory_bytes: u64) -> Result<Vec<u64>, StateError> {
     let mut pages = BTreeSet::new();
-    let mut left = vec![snapshot];
-    while let Some(snapshot) = left.pop() {
-        left.extend(snapshot.snapshots.values());
-        let Some(data) = &snapshot.snapshot_data else {
-            continue;
-        };
-        let Ok(device) = serde_json::from_str::<Queues>(&data.state) else {
+    for state in states(snapshot) {
+        let Ok(device) = serde_json::from_str::<Queues>(state) else {
             continue;
         };
         for queue in device.queues.iter().filter(|queue| queue.ready) {
@@ -175,6 +232,7 @@ pub(super) fn pages_of_queues(snapshot: &Snapshot, memory_bytes: u64) -> Result<
 pub(super) fn with_memory(
     mut snapshot: Snapshot,
     memory_bytes: u64,
+    room_bytes: u64,
     filled: &[u64],
 ) -> Result<Vec<u8>, StateError> {
     let manager = snapshot.snapshots.get_mut(MEMORY_MANAGER);
@@ -188,35 +246,66 @@ pub(super) fn with_memory(
         .collect();
     let parts = memory.as_object_mut().ok_or(StateError::NoMemory)?;
     parts.insert("memory_ranges".to_owned(), json!({ "data": ranges }));
-    place(&mut memory, memory_bytes)?;
+    place(&mut memory, memory_bytes, room_bytes)?;
     data.state = memory.to_string();
     Ok(serde_json::to_vec(&snapshot)?)
 }
 
 /// Checks the pieces of memory, and says where in the file behind it each begins: a machine that booted had none.
-fn place(memory: &mut Value, memory_bytes: u64) -> Result<(), StateError> {
+fn place(memory: &mut Value, memory_bytes: u64, room_bytes: u64) -> Result<(), StateError> {
     let odd = |what: &str| StateError::Memory(what.to_owned());
     let mappings = memory["guest_ram_mappings"]
         .as_array_mut()
         .ok_or_else(|| odd("no pieces"))?;
-    let expected = segments(memory_bytes);
+    let mut expected = Vec::new();
+    let mut end = 0;
+    for length in segments(memory_bytes) {
+        expected.push(Piece::of_file(end, length));
+        end += length;
+    }
+    if room_bytes > 0 {
+        expected.push(Piece {
+            address: place_for_more(address(memory_bytes)),
+            length: room_bytes,
+            file_offset: 0,
+            is_room: true,
+        });
+    }
     if mappings.len() != expected.len() {
         return Err(odd("another number of pieces"));
     }
     mappings.sort_by_key(|mapping| mapping["gpa"].as_u64());
-    let mut offset = 0;
-    for (mapping, length) in mappings.iter_mut().zip(expected) {
-        let is_ours = mapping["gpa"].as_u64() == Some(address(offset))
-            && mapping["size"].as_u64() == Some(length)
+    for (mapping, piece) in mappings.iter_mut().zip(expected) {
+        let is_ours = mapping["gpa"].as_u64() == Some(piece.address)
+            && mapping["size"].as_u64() == Some(piece.length)
             && mapping["zone_id"].as_str() == Some(ZONE)
-            && mapping["virtio_mem"].as_bool() == Some(false);
+            && mapping["virtio_mem"].as_bool() == Some(piece.is_room);
         if !is_ours {
             return Err(odd("a piece that is elsewhere"));
         }
-        mapping["file_offset"] = json!(offset);
-        offset += length;
+        mapping["file_offset"] = json!(piece.file_offset);
     }
     Ok(())
+}
+
+/// A piece of memory as it must be.
+struct Piece {
+    address: u64,
+    length: u64,
+    file_offset: u64,
+    /// Room for more, which no file is behind.
+    is_room: bool,
+}
+
+impl Piece {
+    fn of_file(offset: u64, length: u64) -> Self {
+        Self {
+            address: address(offset),
+            length,
+            file_offset: offset,
+            is_room: false,
+        }
+    }
 }
 
 /// Offset in guest memory of a guest physical address.

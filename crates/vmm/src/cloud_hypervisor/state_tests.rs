@@ -53,6 +53,7 @@ fn facts(memory_bytes: u64, pages: Vec<u64>) -> Facts {
     Facts {
         memory_bytes,
         balloon_bytes: 3,
+        room_bytes: 0,
         pages,
     }
 }
@@ -114,7 +115,7 @@ fn a_queue_without_memory_is_refused() {
 fn only_what_is_said_of_memory_changes() {
     let before = machine(5 * GIBIBYTE, &[]);
     let filled = [0x5000, 3 * GIBIBYTE + 0x3000];
-    let after = parse(&with_memory(before.clone(), 5 * GIBIBYTE, &filled).unwrap()).unwrap();
+    let after = parse(&with_memory(before.clone(), 5 * GIBIBYTE, 0, &filled).unwrap()).unwrap();
     let mut expected = memory_state(5 * GIBIBYTE);
     expected["memory_ranges"] = json!({ "data": [
         { "gpa": 0x5000, "length": PAGE },
@@ -146,7 +147,7 @@ fn memory_of_another_shape_is_refused() {
         snapshot
             .snapshots
             .insert(MEMORY_MANAGER.to_owned(), node(&state, &[]));
-        with_memory(snapshot, GIBIBYTE, &[])
+        with_memory(snapshot, GIBIBYTE, 0, &[])
     };
     assert!(changed(|_| {}).is_ok());
     assert!(changed(|state| state["guest_ram_mappings"][0]["gpa"] = json!(4096)).is_err());
@@ -157,9 +158,97 @@ fn memory_of_another_shape_is_refused() {
     assert!(changed(|state| state["guest_ram_mappings"] = json!("x")).is_err());
     assert!(changed(|state| *state = json!([])).is_err());
     assert!(matches!(
-        with_memory(node(&Value::Null, &[]), GIBIBYTE, &[]),
+        with_memory(node(&Value::Null, &[]), GIBIBYTE, 0, &[]),
         Err(StateError::NoMemory)
     ));
+}
+
+/// What may be added, and what the guest has of it, as the device tells it.
+fn room(addr: u64, region_size: u64, plugged: u64, requested: u64, blocks: &[bool]) -> Value {
+    json!({
+        "avail_features": 1,
+        "acked_features": 1,
+        "config": {
+            "block_size": 2 << 20, "node_id": 0, "padding": [0, 0, 0, 0, 0, 0], "addr": addr,
+            "region_size": region_size, "usable_region_size": region_size,
+            "plugged_size": plugged, "requested_size": requested,
+        },
+        "blocks_state": { "bitmap": blocks },
+    })
+}
+
+fn with_room(memory_bytes: u64, rooms: &[Value]) -> Snapshot {
+    let mut snapshot = machine(memory_bytes, &[]);
+    for (number, room) in rooms.iter().enumerate() {
+        let devices = snapshot.snapshots.get_mut("device-manager").unwrap();
+        devices.snapshots.insert(format!("mem{number}"), node(room, &[]));
+    }
+    snapshot
+}
+
+#[test]
+fn a_guest_that_has_memory_beside_its_own_is_refused() {
+    let (place, size) = (4 * GIBIBYTE, GIBIBYTE);
+    let check = |room: Value| check_added(&with_room(GIBIBYTE, &[room]), GIBIBYTE, size);
+    assert!(check(room(place, size, 0, 0, &[false; 4])).is_ok());
+    let has = |plugged: u64, requested: u64, blocks: &[bool]| {
+        matches!(
+            check(room(place, size, plugged, requested, blocks)),
+            Err(StateError::InUse(bytes)) if bytes == plugged.max(requested)
+        )
+    };
+    assert!(has(2 << 20, 0, &[true, false]));
+    // It may take some at any time.
+    assert!(has(0, 4 << 20, &[false, false]));
+    assert!(has(0, 0, &[false, true]));
+}
+
+#[test]
+fn room_for_more_is_where_and_what_it_must_be() {
+    let (place, size) = (4 * GIBIBYTE, GIBIBYTE);
+    let empty = |addr, size| room(addr, size, 0, 0, &[]);
+    let refused = |rooms: &[Value], size: u64| {
+        matches!(
+            check_added(&with_room(GIBIBYTE, rooms), GIBIBYTE, size),
+            Err(StateError::Memory(_))
+        )
+    };
+    assert!(!refused(&[], 0));
+    assert!(refused(&[], size), "what has it is not seen");
+    assert!(refused(&[empty(place, size)], 0));
+    assert!(refused(&[empty(place, size), empty(place, size)], size));
+    assert!(refused(&[empty(place + (128 << 20), size)], size));
+    assert!(refused(&[empty(place, 2 * size)], size));
+    // Behind memory above the hole.
+    let above = with_room(5 * GIBIBYTE, &[empty(6 * GIBIBYTE, size)]);
+    assert!(check_added(&above, 5 * GIBIBYTE, size).is_ok());
+}
+
+#[test]
+fn room_for_more_is_a_piece_without_a_file() {
+    let snapshot = |gpa: u64, virtio_mem: bool| {
+        let mut state = memory_state(5 * GIBIBYTE);
+        state["guest_ram_mappings"].as_array_mut().unwrap().push(json!({
+            "slot": 2, "gpa": gpa, "size": GIBIBYTE, "zone_id": "mem0", "virtio_mem": virtio_mem, "file_offset": 0,
+        }));
+        node(&json!({}), &[(MEMORY_MANAGER, node(&state, &[]))])
+    };
+    let written = with_memory(snapshot(6 * GIBIBYTE, true), 5 * GIBIBYTE, GIBIBYTE, &[]).unwrap();
+    let written = parse(&written).unwrap();
+    let data = written.snapshots[MEMORY_MANAGER].snapshot_data.as_ref().unwrap();
+    let state: Value = serde_json::from_str(&data.state).unwrap();
+    assert_eq!(state["guest_ram_mappings"][1]["file_offset"], 3 * GIBIBYTE);
+    assert_eq!(state["guest_ram_mappings"][2]["file_offset"], 0);
+    assert!(with_memory(snapshot(6 * GIBIBYTE, true), 5 * GIBIBYTE, 0, &[]).is_err());
+    assert!(with_memory(snapshot(6 * GIBIBYTE, false), 5 * GIBIBYTE, GIBIBYTE, &[]).is_err());
+    assert!(with_memory(snapshot(7 * GIBIBYTE, true), 5 * GIBIBYTE, GIBIBYTE, &[]).is_err());
+}
+
+#[test]
+fn a_state_from_before_there_was_room_for_more_has_none() {
+    let old = json!({ "memory_bytes": GIBIBYTE, "balloon_bytes": 3, "pages": [] });
+    let facts_read: Facts = serde_json::from_value(old).unwrap();
+    assert_eq!(facts_read, facts(GIBIBYTE, Vec::new()));
 }
 
 #[test]
@@ -192,7 +281,8 @@ proptest! {
         bytes[start..end].copy_from_slice(&noise[..end - start]);
         if let Ok(captured) = split(&bytes, GIBIBYTE) {
             let _ = pages_of_queues(&captured.snapshot, GIBIBYTE);
-            let _ = with_memory(captured.snapshot, GIBIBYTE, &captured.facts.pages);
+            let _ = check_added(&captured.snapshot, GIBIBYTE, captured.facts.room_bytes);
+            let _ = with_memory(captured.snapshot, GIBIBYTE, 0, &captured.facts.pages);
         }
     }
 

@@ -10,11 +10,16 @@ use crate::rest::CALL_DEADLINE;
 use crate::{Adjust, Disk, VmmError, VmmKind};
 
 const MEBIBYTE: u64 = 1 << 20;
+const ADDED_MEMORY: &str = "memory that is added while the machine runs";
 
 #[async_trait]
 impl Adjust for FirecrackerMachine {
     async fn set_memory(&self, _bytes: u64) -> Result<(), VmmError> {
-        unsupported("memory that is added while the machine runs")
+        unsupported(ADDED_MEMORY)
+    }
+
+    async fn added_memory(&self) -> Result<u64, VmmError> {
+        unsupported(ADDED_MEMORY).map(|()| 0)
     }
 
     async fn set_balloon(&self, bytes: u64) -> Result<(), VmmError> {

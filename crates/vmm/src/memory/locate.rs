@@ -128,16 +128,19 @@ fn behind(start: u64, first: u64, others: &[u64], blocks: &[Range<u64>]) -> io::
         length: first,
     }];
     for length in others.iter().copied() {
-        let below = segments[segments.len() - 1].address.checked_sub(length);
+        let above = segments[segments.len() - 1].address;
+        let below = above.checked_sub(length);
         let below = below.filter(|address| {
             blocks
                 .iter()
                 .any(|block| block.start <= *address && address + length <= block.end)
         });
-        // Its own mapping, where it was not joined with that of the first.
+        // Its own mapping, where it was not joined with that of the first. The kernel maps downwards, so what lies lower
+        // came later: memory that may be added is of any length, this one too.
         let alone = || {
-            let mut exact = blocks.iter().filter(|block| block.end - block.start == length);
-            exact.next().map(|block| block.start)
+            let exact = || blocks.iter().filter(|block| block.end - block.start == length);
+            let nearest = exact().rfind(|block| block.end <= above);
+            nearest.or_else(|| exact().next()).map(|block| block.start)
         };
         let address = below
             .or_else(alone)

@@ -1,0 +1,135 @@
+//! Memory beside what a guest boots with: `hotplug_size`.
+
+use hypeman_tests::{Guest, Server, eventually, have, hypervisors, skip_unless, told_on};
+use serde_json::json;
+
+/// KiB of memory that the guest sees.
+async fn memory(guest: &Guest) -> u64 {
+    let text = guest.output("cat /proc/meminfo").await;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let number = total.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("MemTotal instead of {text:?}"))
+}
+
+/// It has most of its 768 MiB. The kernel keeps some for itself.
+async fn has_all_of_it(guest: &Guest) {
+    eventually("the guest has all of its memory", || async {
+        memory(guest).await > 650 << 10
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again() {
+    if !told_on("cloud-hypervisor") {
+        return;
+    }
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server
+        .run(
+            &image,
+            json!({
+                "name": "origin", "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
+                "cmd": ["sleep", "infinity"],
+            }),
+        )
+        .await;
+    has_all_of_it(&guest).await;
+    let fill = "mkdir /ballast && mount -t tmpfs -o size=600m none /ballast \
+                && dd if=/dev/urandom of=/ballast/kept bs=1M count=32 2>/dev/null && md5sum /ballast/kept";
+    let sum = guest.output(fill).await;
+
+    // A snapshot of the running guest: its copy has the content, and as much memory.
+    let snapshot = guest.capture().await;
+    has_all_of_it(&guest).await;
+    let child = snapshot
+        .fork(json!({"name": "child", "target_state": "Running"}))
+        .await;
+    assert_eq!(child.output("md5sum /ballast/kept").await, sum);
+    has_all_of_it(&child).await;
+    child.delete().await;
+
+    // Standby and back.
+    let asleep = guest.standby().await;
+    assert_eq!(asleep["state"], "Standby", "{asleep}");
+    let awake = guest.restore().await;
+    assert_eq!(awake["state"], "Running", "{awake}");
+    assert_eq!(guest.output("md5sum /ballast/kept").await, sum);
+    has_all_of_it(&guest).await;
+
+    // What does not fit into `size` cannot be captured; nothing of it is lost.
+    let large = guest
+        .output("dd if=/dev/urandom of=/ballast/large bs=1M count=400 2>/dev/null && md5sum /ballast/large")
+        .await;
+    let refusal = guest.post("/standby", &json!({})).await;
+    refusal.refused(409, "memory_in_use");
+    assert_eq!(guest.inspect().await["state"], "Running");
+    has_all_of_it(&guest).await;
+    assert_eq!(guest.output("md5sum /ballast/large").await, large);
+    guest.output("rm /ballast/large").await;
+    let asleep = guest.standby().await;
+    assert_eq!(asleep["state"], "Standby", "{asleep}");
+    guest.restore().await;
+    assert_eq!(guest.output("md5sum /ballast/kept").await, sum);
+    has_all_of_it(&guest).await;
+    guest.delete().await;
+    snapshot.delete().await;
+    server.emptied(&["memory", "snapshots", "instances"]).await;
+    assert_eq!(server.vmms(), vec![]);
+}
+
+#[tokio::test]
+async fn memory_stays_given_when_the_server_comes_back() {
+    if !told_on("cloud-hypervisor") {
+        return;
+    }
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server
+        .run(
+            &image,
+            json!({
+                "name": "kept", "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
+                "cmd": ["sleep", "infinity"],
+            }),
+        )
+        .await;
+    has_all_of_it(&guest).await;
+    server.kill();
+    server.start_again().await;
+    let guest = server.guest(&guest.id);
+    guest.wait_for("Running").await;
+    has_all_of_it(&guest).await;
+    let asleep = guest.standby().await;
+    assert_eq!(asleep["state"], "Standby", "{asleep}");
+    guest.restore().await;
+    has_all_of_it(&guest).await;
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn hypervisors_that_cannot_add_memory_say_so() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let capabilities = server.client().get("/capabilities").await.expect(200).json();
+    for hypervisor in hypervisors() {
+        let runtimes = capabilities["runtimes"].as_array().expect("runtimes");
+        let runtime = runtimes.iter().find(|runtime| runtime["name"] == hypervisor);
+        let features = runtime.expect("its runtime")["features"].as_array().cloned();
+        if features.unwrap_or_default().contains(&json!("hotplug-memory")) {
+            assert_eq!(hypervisor, "cloud-hypervisor");
+            continue;
+        }
+        let request = json!({
+            "name": "more", "image": image, "hypervisor": hypervisor, "hotplug_size": "512MB",
+            "network": {"enabled": false},
+        });
+        let refusal = server.client().post("/instances", &request).await;
+        refusal.refused(400, "invalid_hotplug_size");
+    }
+    assert_eq!(server.vmms(), vec![]);
+}
