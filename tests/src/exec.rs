@@ -117,6 +117,26 @@ impl ExecSession {
         }
     }
 
+    /// Reads to the end, and what the close frame after that says: its code and its reason.
+    pub async fn finish_and_close(mut self) -> (Executed, (u16, String)) {
+        let exit_code = loop {
+            if let Some(exit_code) = self.next().await {
+                break exit_code;
+            }
+        };
+        let frame = tokio::time::timeout(crate::PATIENCE, self.socket.next())
+            .await
+            .expect("gave up waiting for the close frame");
+        let Some(Ok(Message::Close(Some(close)))) = frame else {
+            panic!("{frame:?} instead of a close frame");
+        };
+        let ended = Executed {
+            output: self.output,
+            exit_code,
+        };
+        (ended, (close.code.into(), close.reason.to_string()))
+    }
+
     /// Takes one frame; the exit code when it was the last.
     async fn next(&mut self) -> Option<i64> {
         let frame = tokio::time::timeout(crate::PATIENCE, self.socket.next())

@@ -1,7 +1,7 @@
 //! Commands inside a running instance.
 
 use futures::future::join_all;
-use hypeman_tests::{ExecSession, Server, have, skip_unless};
+use hypeman_tests::{ExecSession, Guest, Server, eventually, have, makes, skip_unless};
 use serde_json::json;
 
 #[tokio::test]
@@ -177,4 +177,66 @@ async fn exec_on_a_stopped_instance_is_refused_before_the_upgrade() {
         .await
         .unwrap_err();
     assert_eq!(status, 401);
+}
+
+/// Starts a command that waits for a word, on the wire and on the command line; takes a snapshot meanwhile.
+async fn snapshot_under_sessions(server: &Server, guest: &Guest, keeps: bool) {
+    let waits = "echo asked; read answer; echo got $answer";
+    let mut session = guest.exec_session(json!({"command": ["sh", "-c", waits]})).await;
+    session.read_until("asked").await;
+    let command_line = server.command_line();
+    let lasts = "touch /tmp/begun; until test -e /tmp/over; do sleep 0.2; done; exit 3";
+    let words = ["exec", &guest.id, "--", "sh", "-c", lasts];
+    let told = command_line.run(&words);
+    let snapshot = async {
+        eventually("the command has begun", || async {
+            guest.shell("test -e /tmp/begun").await.exit_code == 0
+        })
+        .await;
+        let snapshot = guest.capture().await;
+        assert_eq!(guest.inspect().await["state"], "Running");
+        guest.output("touch /tmp/over").await;
+        snapshot
+    };
+    let (told, snapshot) = tokio::join!(told, snapshot);
+    if keeps {
+        session.input(b"it\n").await;
+        let (ended, close) = session.finish_and_close().await;
+        assert_eq!((ended.text().as_str(), ended.exit_code), ("asked\ngot it", 0));
+        assert_eq!(close, (1000, String::new()));
+        assert_eq!(told.code, 3, "{}", told.stderr);
+    } else {
+        let (ended, close) = session.finish_and_close().await;
+        assert!(
+            ended.text().contains("Error: ended by a snapshot"),
+            "{}",
+            ended.text()
+        );
+        assert_eq!(ended.exit_code, 127);
+        assert_eq!(close, (4001, "ended_by_snapshot".to_owned()));
+        assert_eq!(told.code, 254, "{}", told.stderr);
+        assert!(told.stderr.contains("ended by a snapshot"), "{}", told.stderr);
+        assert!(told.stderr.contains("run it again"), "{}", told.stderr);
+    }
+    // Whoever runs it again is served.
+    assert_eq!(guest.output("echo fine").await, "fine");
+    snapshot.delete().await;
+}
+
+#[tokio::test]
+async fn a_snapshot_ends_the_sessions_in_its_guest_only_where_capabilities_say_so() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let capabilities = server.client().get("/capabilities").await.expect(200).json();
+    for hypervisor in makes() {
+        let runtimes = capabilities["runtimes"].as_array().unwrap();
+        let runtime = runtimes.iter().find(|runtime| runtime["name"] == hypervisor);
+        let features = runtime.unwrap()["features"].as_array().unwrap();
+        let keeps = features.contains(&json!("snapshot-keeps-connections"));
+        assert_eq!(keeps, hypervisor != "firecracker", "{hypervisor}: {features:?}");
+        let guest = server.run(&image, json!({"hypervisor": hypervisor})).await;
+        snapshot_under_sessions(&server, &guest, keeps).await;
+        guest.delete().await;
+    }
 }

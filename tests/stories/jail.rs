@@ -22,10 +22,14 @@ fn items(jail: &Value, list: &str) -> BTreeSet<String> {
 /// What the kernel says of a process, by the names of its lines.
 fn status(pid: u32, name: &str) -> String {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = text
+    line_of(&text, name).to_owned()
+}
+
+fn line_of<'a>(status: &'a str, name: &str) -> &'a str {
+    let line = status
         .lines()
         .find_map(|line| line.strip_prefix(&format!("{name}:")));
-    line.unwrap_or_else(|| panic!("{name}")).trim().to_owned()
+    line.unwrap_or_else(|| panic!("{name}")).trim()
 }
 
 /// Compares what the API tells of one VMM with what the kernel does.
@@ -67,6 +71,65 @@ fn holds(pid: u32, jail: &Value) {
     assert_ne!(limit("Max processes"), "unlimited");
 }
 
+/// The VMM filters its own system calls beside the jail, in each thread that runs guest code or hears commands.
+fn filters_itself(pid: u32, hypervisor: &str, instance: &Value) {
+    let told = items(&instance["jail"], "active").contains("seccomp");
+    // A QEMU may be built without; then that is told, and shown below.
+    assert!(
+        told || hypervisor.starts_with("qemu"),
+        "{hypervisor}: {}",
+        instance["jail"]
+    );
+    if !told {
+        return;
+    }
+    // The jail's own filter; where a TAP is opened by its name, one more that asks the server about that.
+    let by_name = !hypervisor.starts_with("qemu");
+    let on_a_network = instance["network"]["enabled"] == true
+        && items(&instance["jail"], "active").contains("network-namespace");
+    let of_the_jail = 1 + u32::from(by_name && on_a_network);
+    let mut seen = BTreeSet::new();
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let task = task.unwrap().file_name().into_string().unwrap();
+        // A worker of QEMU may have ended.
+        let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/task/{task}/status")) else {
+            continue;
+        };
+        let line = |name| line_of(&text, name);
+        let name = line("Name");
+        assert_eq!(line("Seccomp"), "2", "{hypervisor}: {name}");
+        let role = match hypervisor {
+            "firecracker" if task == pid.to_string() => "first",
+            "firecracker" => name.split(' ').next().unwrap(),
+            "cloud-hypervisor" => name.trim_end_matches(|sign: char| sign.is_ascii_digit()),
+            // All of it is filtered, but for what the kernel lends it.
+            _ if ["vhost-", "kvm-", "iou-"]
+                .iter()
+                .any(|kernel| name.starts_with(kernel)) =>
+            {
+                "kernel"
+            }
+            _ => "qemu",
+        };
+        let matters = ["first", "fc_vcpu", "fc_api", "vcpu", "vmm", "http-server", "qemu"];
+        if matters.contains(&role) {
+            let filters: u32 = line("Seccomp_filters").parse().unwrap();
+            assert!(filters > of_the_jail, "{hypervisor}: {name}: {filters}");
+            seen.insert(role.to_owned());
+        }
+    }
+    let expected: &[&str] = match hypervisor {
+        "firecracker" => &["fc_api", "fc_vcpu", "first"],
+        "cloud-hypervisor" => &["http-server", "vcpu", "vmm"],
+        _ => &["qemu"],
+    };
+    assert_eq!(
+        seen.iter().map(String::as_str).collect::<Vec<_>>(),
+        expected,
+        "{hypervisor}"
+    );
+}
+
 async fn vmm_of(server: &Server, guest: &Guest) -> (u32, Value) {
     let instance = guest.inspect().await;
     let id = instance["id"].as_str().unwrap().to_owned();
@@ -90,6 +153,7 @@ async fn every_vmm_is_confined_and_inspect_tells_how() {
         let (pid, jail) = vmm_of(&server, &guest).await;
         assert_eq!(jail["enabled"], true, "{jail}");
         holds(pid, &jail);
+        filters_itself(pid, hypervisor, &guest.inspect().await);
         assert!(users.insert(jail["user"].as_i64().unwrap()), "{jail}");
         // Nothing of the data directory is in sight but what it boots from; where a VMM opens its disks by name, those.
         let seen = format!("/proc/{pid}/root{}", server.data_directory().display());
@@ -143,6 +207,8 @@ async fn every_vmm_is_confined_and_inspect_tells_how() {
     server.client().post_empty(&of("restore")).await.expect(200);
     let (pid, jail) = vmm_of(&server, first).await;
     holds(pid, &jail);
+    let instance = first.inspect().await;
+    filters_itself(pid, instance["hypervisor"].as_str().unwrap(), &instance);
     assert_eq!(first.output("echo back").await, "back");
 
     let shown = server.command_line().run(&["inspect", &id]).await.ok();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! client: text ExecRequest, then binary stdin and text ExecControl
-//! server: binary output (stdout and stderr merged), then text ExecExit as the last frame
+//! server: binary output (stdout and stderr merged), then text ExecExit as the last frame, then close with ExecEnd
 //! ```
 
 use std::collections::BTreeMap;
@@ -79,6 +79,44 @@ pub struct ExecExit {
     pub exit_code: i32,
 }
 
+/// Why the server closes after the last frame: the code and the reason of its close frame. An addition to the contract:
+/// whoever looks no further than at [`ExecExit`] sees a failure with its words in the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExecEnd {
+    /// All was said.
+    Ordinary,
+    /// A snapshot of the instance ended the session, and the command with it; the exit code is 127 and not the
+    /// command's. Only on hypervisors without the feature `snapshot-keeps-connections`.
+    Snapshot,
+}
+
+impl ExecEnd {
+    /// Code of the close frame, of RFC 6455, 7.4: 1000, or one of those that are left to applications.
+    pub fn close_code(self) -> u16 {
+        match self {
+            Self::Ordinary => 1000,
+            Self::Snapshot => 4001,
+        }
+    }
+
+    /// Reason in the close frame.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Ordinary => "",
+            Self::Snapshot => "ended_by_snapshot",
+        }
+    }
+
+    /// What a close frame with this code says.
+    pub fn of_close_code(code: u16) -> Self {
+        if code == Self::Snapshot.close_code() {
+            Self::Snapshot
+        } else {
+            Self::Ordinary
+        }
+    }
+}
+
 /// The server's only frame when the first one is no request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRefusal {
@@ -96,6 +134,19 @@ mod tests {
             serde_json::to_string(&ExecExit { exit_code: 7 }).unwrap(),
             r#"{"exitCode":7}"#
         );
+    }
+
+    #[test]
+    fn the_close_frame_tells_why() {
+        for end in [ExecEnd::Ordinary, ExecEnd::Snapshot] {
+            assert_eq!(ExecEnd::of_close_code(end.close_code()), end);
+            // RFC 6455, 5.5: a control frame holds 125 bytes, two of them the code.
+            assert!(end.reason().len() <= 123);
+        }
+        // A server that goes away, and codes that mean something to others.
+        for code in [1001, 1006, 1011, 4000, 4002] {
+            assert_eq!(ExecEnd::of_close_code(code), ExecEnd::Ordinary);
+        }
     }
 
     #[test]

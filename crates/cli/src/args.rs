@@ -14,6 +14,7 @@ Exit codes:
   2    wrong command line or configuration
   124  `wait` or `run` ran out of time
   130  interrupted by Ctrl-C
+  254  a snapshot of the instance ended `exec` (Firecracker only)
   255  `exec` itself failed (every other code of `exec` is the command's own)
 
 Environment:

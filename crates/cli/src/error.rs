@@ -16,6 +16,8 @@ pub mod exit {
     pub const TIMED_OUT: u8 = 124;
     /// Interrupted by Ctrl-C.
     pub const INTERRUPTED: u8 = 130;
+    /// A snapshot of the instance ended the session of `exec`, and the command with it.
+    pub const EXEC_SNAPSHOT: u8 = 254;
     /// `exec` could not run the command or lost the connection; every other code is the command's own.
     pub const EXEC_CLIENT: u8 = 255;
 }
@@ -77,6 +79,11 @@ pub enum CliError {
     /// The user interrupted.
     #[error("interrupted")]
     Interrupted,
+    /// A snapshot of the instance ended the session, and the command with it.
+    #[error(
+        "ended by a snapshot of this instance: its hypervisor drops the connections to a guest whose state it writes"
+    )]
+    EndedBySnapshot,
     /// `exec` failed on this side of the guest.
     #[error(transparent)]
     Exec(Box<CliError>),
@@ -138,6 +145,7 @@ impl CliError {
             Self::TimedOut(_) => exit::TIMED_OUT,
             Self::Interrupted => exit::INTERRUPTED,
             Self::Exec(inner) if matches!(**inner, Self::Interrupted) => exit::INTERRUPTED,
+            Self::Exec(inner) if matches!(**inner, Self::EndedBySnapshot) => exit::EXEC_SNAPSHOT,
             Self::Exec(_) => exit::EXEC_CLIENT,
             _ => exit::FAILURE,
         }
@@ -154,6 +162,7 @@ impl CliError {
             Self::Failed { .. } => "failed",
             Self::TimedOut(_) => "timed_out",
             Self::Interrupted => "interrupted",
+            Self::EndedBySnapshot => "ended_by_snapshot",
             Self::Exec(inner) => inner.code(),
         }
     }
@@ -215,6 +224,11 @@ impl CliError {
             Self::TimedOut(_) => {
                 Some("wait longer with --timeout, or see `hypeman logs` for what it does".to_owned())
             }
+            Self::EndedBySnapshot => Some(
+                "run it again; what must outlive snapshots belongs into the instance's own program, or on a hypervisor \
+                 with snapshot-keeps-connections (`hypeman capabilities`)"
+                    .to_owned(),
+            ),
             Self::Exec(inner) => inner.hint(),
             Self::Io { .. } | Self::Interrupted => None,
         }

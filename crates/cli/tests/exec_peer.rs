@@ -13,6 +13,7 @@ use hypeman_cli::exec::{Input, session};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 fn request(tty: bool) -> ExecRequest {
     ExecRequest {
@@ -172,6 +173,38 @@ async fn peers_that_misbehave_are_failures_and_never_success() {
         let (outcome, _) = against(frames).await;
         let failure = outcome.expect_err(expected);
         assert!(failure.to_string().contains(expected), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn a_close_frame_tells_that_a_snapshot_ended_the_session() {
+    let close = |code: u16, reason: &'static str| {
+        Message::Close(Some(CloseFrame {
+            code: code.into(),
+            reason: reason.into(),
+        }))
+    };
+    let cut = vec![
+        bytes(b"Error: ended by a snapshot\r\n"),
+        text(r#"{"exitCode":127}"#),
+        close(4001, "ended_by_snapshot"),
+    ];
+    let (outcome, _) = against(cut).await;
+    let failure = CliError::Exec(Box::new(outcome.unwrap_err()));
+    assert_eq!((failure.code(), failure.exit_code()), ("ended_by_snapshot", 254));
+    assert!(failure.to_string().contains("ended by a snapshot"), "{failure}");
+    assert!(failure.hint().unwrap().contains("run it again"));
+
+    // A command of which 127 is the own code, and one that ended before a snapshot.
+    for (frames, expected) in [
+        (vec![text(r#"{"exitCode":127}"#), close(1000, "")], 127),
+        (vec![text(r#"{"exitCode":127}"#)], 127),
+        (
+            vec![text(r#"{"exitCode":3}"#), close(4001, "ended_by_snapshot")],
+            3,
+        ),
+    ] {
+        assert_eq!(against(frames).await.0.unwrap(), expected);
     }
 }
 

@@ -8,6 +8,11 @@ pub enum ChannelError {
     /// The connection is gone: the guest powered off, the VMM died, or either end closed it.
     #[error("the connection to the guest agent is closed")]
     Closed,
+    /// The connection ended because the state of the guest's machine was captured.
+    #[error(
+        "ended by a snapshot of this instance: its hypervisor drops the connections to a guest whose state it writes"
+    )]
+    Captured,
     /// The guest did not answer in time.
     #[error("the guest agent did not answer in time")]
     Deadline,

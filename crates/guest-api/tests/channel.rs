@@ -14,7 +14,7 @@ use hypeman_guest_api::{
     mux::{GuestMux, MuxStream},
 };
 use proptest::prelude::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, duplex};
 
 const KEY: AgentKey = AgentKey([7; 32]);
 const SOON: Duration = Duration::from_millis(300);
@@ -28,8 +28,9 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// A guest that answers each stream by a function of the test's.
-async fn guest<F, W>(mut stream: DuplexStream, key: Option<AgentKey>, answer: F)
+async fn guest<S, F, W>(mut stream: S, key: Option<AgentKey>, answer: F)
 where
+    S: AsyncRead + AsyncWrite + Unpin,
     F: Fn(Request, MuxStream) -> W + Send + 'static,
     W: Future<Output = ()> + Send + 'static,
 {
@@ -203,6 +204,46 @@ async fn a_closed_client_lets_go_under_its_sessions() {
     client.closed().await;
     guest.await.unwrap();
     while events.next().await.is_some() {}
+}
+
+#[tokio::test]
+async fn sessions_of_a_connection_that_a_capture_ends_say_so_and_others_do_not() {
+    use hypeman_guest_api::CopyFrom;
+    let answer = |request: Request, mut stream: MuxStream| async move {
+        match request {
+            Request::Exec(_) => {
+                reply(&mut stream, Reply::Done).await;
+                frame::write_data(&mut stream, b"so far").await.unwrap();
+                std::future::pending::<()>().await;
+            }
+            Request::CopyFrom(_) => {
+                reply(&mut stream, Reply::Done).await;
+                std::future::pending::<()>().await;
+            }
+            other => only_events(other, stream).await,
+        }
+    };
+    for captured in [true, false] {
+        // As over vsock: what the VMM ended at the guest's side stays open at this one.
+        let (host, guest_end) = tokio::net::UnixStream::pair().unwrap();
+        tokio::spawn(guest(guest_end, Some(KEY), answer));
+        let (client, _events) = GuestClient::connect(host, Some(&KEY), LONG).await.unwrap();
+        let mut command = client.exec(ExecRequest::default()).await.unwrap();
+        let mut copy = client.copy_from(CopyFrom::default()).await.unwrap();
+        let said = command.next().await.unwrap();
+        assert_eq!(said, Some(ExecOutput::Stdout("so far".into())));
+        if captured {
+            client.note_captured();
+        }
+        client.close();
+        for end in [
+            command.next().await.map(drop).unwrap_err(),
+            copy.next().await.map(drop).unwrap_err(),
+        ] {
+            assert_eq!(matches!(end, ChannelError::Captured), captured, "{end}");
+            assert_eq!(matches!(end, ChannelError::Closed), !captured, "{end}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -38,7 +38,7 @@ mod tap;
 mod user;
 
 pub use host::Jail;
-pub use later::show_to;
+pub use later::{hide_from, show_to};
 pub use launch::{Confined, Launch, Lent, Memory, Tap};
 pub use options::{JailOptions, Mode};
 pub use report::{Item, Report};

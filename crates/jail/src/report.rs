@@ -26,6 +26,9 @@ pub enum Item {
     NoNewPrivileges,
     /// It cannot ask the kernel for namespaces, mounts, modules, tracing and the like.
     SystemCalls,
+    /// It filters its own system calls as well, in the threads that matter. Known only once it runs; noted by who
+    /// started it.
+    Seccomp,
     /// Files that it writes have a largest length.
     FileSize,
     /// So has the number of its descriptors.
@@ -42,7 +45,7 @@ pub enum Item {
 
 impl Item {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::User,
         Self::UserNamespace,
         Self::MountNamespace,
@@ -53,6 +56,7 @@ impl Item {
         Self::Capabilities,
         Self::NoNewPrivileges,
         Self::SystemCalls,
+        Self::Seccomp,
         Self::FileSize,
         Self::Descriptors,
         Self::Processes,
@@ -74,6 +78,7 @@ impl Item {
             Self::Capabilities => "capabilities",
             Self::NoNewPrivileges => "no-new-privileges",
             Self::SystemCalls => "system-calls",
+            Self::Seccomp => "seccomp",
             Self::FileSize => "file-size",
             Self::Descriptors => "descriptors",
             Self::Processes => "processes",
@@ -97,7 +102,7 @@ pub struct Report {
 
 impl Report {
     /// Notes an item: `None` where it is in force, else the reason.
-    pub(crate) fn note(&mut self, item: Item, missing: Option<String>) {
+    pub fn note(&mut self, item: Item, missing: Option<String>) {
         match missing {
             None => self.active.push(item),
             Some(reason) => self.missing.push((item, reason)),

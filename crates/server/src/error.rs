@@ -279,7 +279,7 @@ impl From<ChannelError> for ApiError {
     fn from(error: ChannelError) -> Self {
         let message = error.to_string();
         match error {
-            ChannelError::Closed | ChannelError::Deadline => {
+            ChannelError::Closed | ChannelError::Captured | ChannelError::Deadline => {
                 Self::new(StatusCode::CONFLICT, code::INVALID_STATE, message).retryable()
             }
             ChannelError::Refused(refusal) => match refusal.code {

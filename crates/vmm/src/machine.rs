@@ -54,6 +54,8 @@ pub enum Feature {
     GpuPassthrough,
     DiskIoLimit,
     DiskResize,
+    /// Exec sessions and copies in a running guest outlive a snapshot of it (see [`Machine::connections_have_ended`]).
+    SnapshotKeepsConnections,
 }
 
 /// What a driver can do on this host, probed live.
@@ -364,8 +366,8 @@ pub trait Adjust: Send + Sync {
     /// Adds a disk as number `index` of the machine.
     async fn attach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
 
-    /// Takes a disk away.
-    async fn detach_disk(&self, index: usize) -> Result<(), VmmError>;
+    /// Takes disk number `index`, which is this one, away; the VMM no longer sees its file.
+    async fn detach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
 
     /// Changes the size of a disk, and of its file.
     async fn resize_disk(&self, index: usize, bytes: u64) -> Result<(), VmmError>;

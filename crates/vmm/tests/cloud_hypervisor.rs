@@ -260,9 +260,9 @@ async fn memory_and_disks_change_while_a_machine_runs() {
         adjust.attach_disk(1, &second).await,
         Err(VmmError::Refused { .. })
     ));
-    adjust.detach_disk(1).await.unwrap();
+    adjust.detach_disk(1, &second).await.unwrap();
     assert!(matches!(
-        adjust.detach_disk(7).await,
+        adjust.detach_disk(7, &second).await,
         Err(VmmError::Refused { .. })
     ));
     // More than was promised.

@@ -338,7 +338,7 @@ async fn the_balloon_takes_memory_and_gives_it_back_and_nothing_else_changes() {
     let outcomes = [
         adjust.set_memory(spec.memory_bytes + (128 << 20)).await,
         adjust.attach_disk(1, &second).await,
-        adjust.detach_disk(0).await,
+        adjust.detach_disk(0, &spec.disks[0]).await,
         adjust.resize_disk(0, 6 << 20).await,
     ];
     for outcome in outcomes {

@@ -17,7 +17,8 @@ const INPUT_QUEUE: usize = 16;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The exit code is the command's own (128+n when signal n killed it, 124 after --timeout, 127 when it \
-does not exist); 130 after Ctrl-C, 255 when exec itself failed.
+does not exist); 130 after Ctrl-C, 254 when a snapshot of the instance ended it (Firecracker only), 255 \
+when exec itself failed.
 
 Options stand before the instance; all that follows it is the command. A terminal is used when \
 standard input and output are one; -t insists on it, -T does without.

@@ -8,15 +8,17 @@
 //! ```
 //!
 //! Input and output run side by side: a command that writes much while it reads much cannot block itself.
-//! The session ends with the exit code and with nothing else; a connection that closes earlier is a failure.
+//! The session ends with the exit code and with nothing else; a connection that closes earlier is a failure. Where the
+//! code is the server's own, its close frame tells whether a snapshot of the instance ended the session.
 
 mod terminal;
 
 use std::io;
 use std::pin::pin;
+use std::time::Duration;
 
 use futures::{Sink, SinkExt as _, Stream, StreamExt as _};
-use hypeman_api::exec::{ExecControl, ExecRequest, StdinControl, TerminalSize};
+use hypeman_api::exec::{ExecControl, ExecEnd, ExecRequest, StdinControl, TerminalSize};
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::{self, Message};
 
@@ -25,6 +27,11 @@ pub use terminal::{RawMode, Terminal, spawn_stdin};
 use crate::document::Document;
 use crate::error::CliError;
 use crate::websocket::{broken, is_end};
+
+/// The server's exit code when there is none of the command, which commands have as well.
+const NOT_RUN: u8 = 127;
+/// How long the server's close frame is waited for after [`NOT_RUN`].
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What goes to the guest while the command runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +54,7 @@ pub enum Input {
 /// `output` gets the merged output in order. When it fails, the session ends.
 ///
 /// # Errors
-/// When the connection ends before the exit code, the server breaks the protocol, or output cannot be written.
+/// [`CliError::EndedBySnapshot`]; or when the connection ends before the exit code, the server breaks the protocol, or output cannot be written.
 pub async fn session<S>(
     socket: S,
     request: &ExecRequest,
@@ -82,7 +89,13 @@ where
             Some(Ok(Message::Binary(bytes))) => {
                 output(&bytes).map_err(|failure| CliError::io("cannot write the output", failure))?;
             }
-            Some(Ok(Message::Text(text))) => return verdict(text.as_str()),
+            Some(Ok(Message::Text(text))) => {
+                let code = verdict(text.as_str())?;
+                if code == NOT_RUN && end_of(&mut from_guest).await == ExecEnd::Snapshot {
+                    return Err(CliError::EndedBySnapshot);
+                }
+                return Ok(code);
+            }
             Some(Ok(Message::Close(frame))) => {
                 let reason = frame
                     .map(|frame| frame.reason.to_string())
@@ -97,6 +110,23 @@ where
             Some(Err(failure)) => return Err(broken(&failure)),
         }
     }
+}
+
+/// What the server's close frame says. A server that does not close in time has nothing to say.
+async fn end_of<S>(from_guest: &mut S) -> ExecEnd
+where
+    S: Stream<Item = Result<Message, tungstenite::Error>> + Unpin,
+{
+    let close = async {
+        while let Some(Ok(message)) = from_guest.next().await {
+            if let Message::Close(Some(frame)) = message {
+                return ExecEnd::of_close_code(frame.code.into());
+            }
+        }
+        ExecEnd::Ordinary
+    };
+    let close = tokio::time::timeout(CLOSE_PATIENCE, close).await;
+    close.unwrap_or(ExecEnd::Ordinary)
 }
 
 async fn send_input<S>(

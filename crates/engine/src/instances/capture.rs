@@ -123,6 +123,7 @@ impl Driver {
             Ok(prepared) => self.take(&machine, prepared, &overlay, &target).await,
             Err(error) => Err(error),
         };
+        let held = self.note_cut(&machine, held);
         let resumed = machine.resume().await;
         faults::point("capture.resumed");
         self.give_memory().await;

@@ -24,6 +24,7 @@ use super::added_memory::Added;
 use super::link::{Link, LinkEvent};
 use super::model::{Expiry, Instance, InstanceRecord, InstanceUpdate, StartOverrides};
 use super::request::{Operation, Request};
+use super::silence::Silence;
 use super::stall::Stall;
 use super::table::Slot;
 use crate::events::EventKind;
@@ -31,7 +32,7 @@ use crate::shared::Shared;
 use crate::snapshots::vault::Hold;
 use crate::{EngineError, faults};
 
-/// How often a hung VMM is noticed.
+/// How often a VMM is asked for a sign of life while nothing else happens.
 const VMM_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// A record that could not be written is tried again this much later.
 const SAVE_RETRY: Duration = Duration::from_secs(1);
@@ -77,6 +78,8 @@ pub(super) struct Driver {
     pub(super) last_image: Option<String>,
     /// Whether the machine waits for space.
     pub(super) stall: Stall,
+    /// Whether the VMM answers its checks.
+    pub(super) silence: Silence,
     pub(super) unsaved: bool,
     /// What is left to do of a command that was answered.
     pub(super) owed: Option<Owed>,
@@ -123,6 +126,7 @@ pub(super) fn prepare(
             memory,
             last_image: None,
             stall: Stall::No,
+            silence: Silence::default(),
             unsaved: false,
             owed: None,
         },
@@ -293,6 +297,7 @@ impl Driver {
         self.lifecycle = before.clone().observe(seen);
         if !self.lifecycle.has_vmm() {
             self.stall = Stall::No;
+            self.silence = Silence::default();
         }
         let news = self.lifecycle != before;
         if news {

@@ -20,6 +20,7 @@ mod request;
 pub(crate) mod rewind;
 mod rotation;
 mod shutdown;
+mod silence;
 mod stall;
 mod standby;
 mod stillness;

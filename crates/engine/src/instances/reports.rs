@@ -12,12 +12,14 @@ use hypeman_vmm::VmmError;
 use super::boot::kill;
 use super::driver::{Driver, Wake, next_of_run};
 use super::link::LinkEvent;
+use super::silence::Silence;
 use super::stall::Stall;
 
 /// How long a guest that reported the end of its program may take to power off.
 const POWER_OFF_GRACE: Duration = Duration::from_secs(10);
 /// How long a VMM may outlive the connection to its guest's agent before the agent alone counts as lost.
 const VMM_END_GRACE: Duration = Duration::from_millis(400);
+/// How long a VMM may take to answer a check; the second one in a row that it misses is told.
 const VMM_CHECK_DEADLINE: Duration = Duration::from_millis(800);
 
 impl Driver {
@@ -137,6 +139,7 @@ impl Driver {
             matches!(&self.lifecycle, Lifecycle::Unknown { reason, .. } if reason.starts_with("the VMM"));
         match answer {
             Ok(state) => {
+                self.silence = Silence::default();
                 self.note_stall(self.stall.seen(state));
                 let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
                 if served.is_some_and(|name| self.shared.paging.is_silent(name)) {
@@ -148,21 +151,22 @@ impl Driver {
                     self.observe(&Observation::Responsive);
                 }
             }
-            Err(error @ VmmError::Unresponsive { .. }) => {
-                self.stall = Stall::No;
-                self.observe(&Observation::Unresponsive {
-                    reason: error.to_string(),
-                });
-            }
+            Err(error @ VmmError::Unresponsive { .. }) => self.note_silence(error.to_string()),
             // It lives, and nobody listens at its socket.
             Err(error @ VmmError::Io { .. }) => {
-                self.stall = Stall::No;
-                self.observe(&Observation::Unresponsive {
-                    reason: format!("the VMM cannot be asked: {error}"),
-                });
+                self.note_silence(format!("the VMM cannot be asked: {error}"));
             }
             // Its end is reported by the process itself.
             Err(_) => {}
+        }
+    }
+
+    /// A check was not answered: the second one in a row is told.
+    fn note_silence(&mut self, reason: String) {
+        self.silence = self.silence.missed();
+        if self.silence.is_told() {
+            self.stall = Stall::No;
+            self.observe(&Observation::Unresponsive { reason });
         }
     }
 

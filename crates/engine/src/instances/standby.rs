@@ -76,6 +76,7 @@ impl Driver {
             }
             Err(error) => {
                 self.log.line(&format!("standby failed: {error}"));
+                let held = self.note_cut(&machine, held);
                 match machine.resume().await {
                     Ok(()) => {
                         self.observe(&Observation::Resumed);

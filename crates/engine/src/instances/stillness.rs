@@ -8,6 +8,9 @@
 //! What goes on from a captured state does nothing before it was welcomed: see [`super::link`]. The source itself is
 //! thawed at once, and by every connection that is made to it anew, so that no crash leaves it frozen.
 //!
+//! Where the VMM ends all connections to the guest with its device state, sessions are ended here with that reason, and a
+//! connection is made anew.
+//!
 //! A guest that can't be held, because a process in it waits for a disk, or because its agent is gone, is captured all
 //! the same: a copy of it cannot act on the network before it was told who it is, for the bridge lets nothing of it
 //! pass, but its workload may run for some milliseconds before that.
@@ -16,6 +19,7 @@ use std::sync::Arc;
 
 use hypeman_guest_api::ChannelError;
 use hypeman_guest_api::host::GuestClient;
+use hypeman_vmm::Machine;
 
 use super::driver::Driver;
 use super::request::Operation;
@@ -24,7 +28,17 @@ use crate::{EngineError, faults};
 
 /// A workload that stands still, to be let go by [`Driver::let_go`].
 #[must_use]
-pub(super) struct Held(Option<GuestClient>);
+pub(super) struct Held {
+    client: Option<GuestClient>,
+    /// The capture has ended all connections to the guest.
+    cut: bool,
+}
+
+impl Held {
+    fn by(client: Option<GuestClient>) -> Self {
+        Self { client, cut: false }
+    }
+}
 
 /// Who was asked to hold a workload still, and what came of it.
 type Asked = Option<(GuestClient, Result<(), ChannelError>)>;
@@ -68,26 +82,36 @@ impl Driver {
     async fn held(&mut self, asked: Asked) -> Held {
         let Some((client, outcome)) = asked else {
             self.log.line("captured as it moves: its agent is not there");
-            return Held(None);
+            return Held::by(None);
         };
         match outcome {
-            Ok(()) => Held(Some(client)),
+            Ok(()) => Held::by(Some(client)),
             Err(error) => {
                 self.log.line(&format!("captured as it moves: {error}"));
                 // An answer that came too late may have frozen it.
-                self.let_go(Held(Some(client))).await;
-                Held(None)
+                self.let_go(Held::by(Some(client))).await;
+                Held::by(None)
             }
         }
+    }
+
+    /// Notes whether the capture has ended the connections to the guest, so that those who use them are told why. To be
+    /// asked before the guest goes on: from then on it refuses what still comes on them.
+    pub(super) fn note_cut(&self, machine: &Arc<dyn Machine>, held: Held) -> Held {
+        let cut = held.cut || machine.connections_have_ended();
+        if cut && let Some(client) = self.slot.live.client() {
+            client.note_captured();
+        }
+        Held { cut, ..held }
     }
 
     /// Lets the workload of a guest go on whose machine runs again.
     pub(super) async fn let_go(&mut self, held: Held) {
         let run = self.run.as_ref();
-        if run.is_some_and(|run| run.machine.connections_have_ended()) {
+        if held.cut || run.is_some_and(|run| run.machine.connections_have_ended()) {
             return self.reach_anew().await;
         }
-        let Held(Some(client)) = held else { return };
+        let Some(client) = held.client else { return };
         if let Err(error) = client.thaw().await {
             self.log.line(&format!("thaw: {error}"));
             // The next connection thaws it.
@@ -97,9 +121,14 @@ impl Driver {
 
     /// Connects to a guest whose connections have ended, which is no news of the guest: it is thawed by the new one.
     async fn reach_anew(&mut self) {
+        // Its sessions would wait for a guest that has forgotten them.
+        if let Some(client) = self.slot.live.client() {
+            client.note_captured();
+            client.close();
+        }
         let image = match self.shared.images.bootable(&self.record.image_digest) {
             Ok(image) => image,
-            // The link finds out by itself that nobody answers, and thaws the guest later.
+            // The link sees the end of its connection, and thaws the guest by its next one.
             Err(error) => return self.log.line(&format!("not connected anew: {error}")),
         };
         let Some(machine) = self.run.as_ref().map(|run| Arc::clone(&run.machine)) else {

@@ -25,7 +25,9 @@ impl CopyToSession {
     /// # Errors
     /// [`ChannelError::Deadline`] when the guest takes nothing for a minute, or those of the channel.
     pub async fn send(&mut self, data: &[u8]) -> Result<(), ChannelError> {
-        within(STALL_DEADLINE, frame::write_data(&mut self.channel.stream, data)).await
+        within(STALL_DEADLINE, frame::write_data(&mut self.channel.stream, data))
+            .await
+            .map_err(|failure| self.channel.connection.told(failure))
     }
 
     /// Makes it visible and returns the number of bytes written (0 for directories and links).
@@ -42,6 +44,7 @@ impl CopyToSession {
             }
         })
         .await
+        .map_err(|failure| self.channel.connection.told(failure))
     }
 }
 
@@ -88,9 +91,10 @@ impl CopyFromSession {
         if self.ended {
             return Ok(None);
         }
-        let frame = within(STALL_DEADLINE, frame::read_frame(&mut self.channel.stream)).await?;
-        match frame {
-            None => Err(ChannelError::Closed),
+        let connection = &self.channel.connection;
+        let frame = within(STALL_DEADLINE, frame::read_frame(&mut self.channel.stream)).await;
+        match frame.map_err(|failure| connection.told(failure))? {
+            None => Err(connection.told(ChannelError::Closed)),
             Some(Frame::Data(data)) => {
                 let length = data.len() as u64;
                 if length > self.owed {

@@ -25,7 +25,7 @@ impl GuestEvents {
             reader,
             writer,
             _permit: channel._permit,
-            _connection: channel._connection,
+            _connection: channel.connection,
             delivered: 0,
             acknowledged: 0,
         }

@@ -32,7 +32,7 @@ pub struct ExecInput {
 pub struct ExecReader {
     reader: ReadHalf<MuxStream>,
     exited: bool,
-    _keep: Keep,
+    keep: Keep,
 }
 
 /// What a command said.
@@ -48,7 +48,7 @@ pub enum ExecOutput {
 
 impl ExecSession {
     pub(super) fn new(channel: Channel) -> Self {
-        let keep = Keep::new((channel._permit, channel._connection));
+        let keep = Keep::new((channel._permit, channel.connection));
         let (reader, writer) = tokio::io::split(channel.stream);
         ExecSession {
             input: ExecInput {
@@ -58,7 +58,7 @@ impl ExecSession {
             reader: ExecReader {
                 reader,
                 exited: false,
-                _keep: keep,
+                keep,
             },
         }
     }
@@ -134,13 +134,15 @@ impl ExecReader {
     /// Not cancel safe while output arrives: drop the session, or call it from one task.
     ///
     /// # Errors
-    /// Those of the channel; an end without exit code is [`ChannelError::Closed`].
+    /// Those of the channel; an end without exit code is [`ChannelError::Closed`], or [`ChannelError::Captured`].
     pub async fn next(&mut self) -> Result<Option<ExecOutput>, ChannelError> {
         if self.exited {
             return Ok(None);
         }
-        match frame::read_frame(&mut self.reader).await? {
-            None => Err(ChannelError::Closed),
+        let connection = &self.keep.1;
+        let frame = frame::read_frame(&mut self.reader).await;
+        match frame.map_err(|error| connection.told(error.into()))? {
+            None => Err(connection.told(ChannelError::Closed)),
             Some(Frame::Data(data)) => Ok(Some(ExecOutput::Stdout(data))),
             Some(Frame::ErrorData(data)) => Ok(Some(ExecOutput::Stderr(data))),
             Some(header) => {

@@ -14,7 +14,10 @@ pub use exec::{ExecInput, ExecOutput, ExecReader, ExecSession};
 
 use std::{
     future::Future,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -59,6 +62,8 @@ struct Connection {
     openings: mpsc::Sender<Opening>,
     closed: watch::Receiver<bool>,
     close: Arc<Notify>,
+    /// Its end comes of a capture of the guest's state.
+    captured: AtomicBool,
     /// One permit a stream: the guest refuses a connection with too many, so we wait instead.
     streams: Arc<Semaphore>,
 }
@@ -67,7 +72,7 @@ struct Connection {
 struct Channel {
     stream: MuxStream,
     _permit: tokio::sync::OwnedSemaphorePermit,
-    _connection: Arc<Connection>,
+    connection: Arc<Connection>,
 }
 
 async fn within<T, E: Into<ChannelError>>(
@@ -81,6 +86,14 @@ async fn within<T, E: Into<ChannelError>>(
 }
 
 impl Connection {
+    /// What a failure is, for whoever used the connection.
+    fn told(&self, failure: ChannelError) -> ChannelError {
+        match failure {
+            ChannelError::Closed if self.captured.load(Ordering::Acquire) => ChannelError::Captured,
+            other => other,
+        }
+    }
+
     async fn open(self: &Arc<Self>, request: &Request) -> Result<(Channel, Reply), ChannelError> {
         let permit = Arc::clone(&self.streams)
             .acquire_owned()
@@ -101,7 +114,7 @@ impl Connection {
             Channel {
                 stream,
                 _permit: permit,
-                _connection: Arc::clone(self),
+                connection: Arc::clone(self),
             },
             reply,
         ))
@@ -176,6 +189,7 @@ impl GuestClient {
                 openings,
                 closed,
                 close,
+                captured: AtomicBool::new(false),
                 streams,
             });
             let (channel, reply) = connection.open(&Request::Events).await?;
@@ -349,6 +363,12 @@ impl GuestClient {
     /// [`ChannelError::Deadline`] when none came in time, or those of the channel.
     pub async fn ping(&self, deadline: Duration) -> Result<(), ChannelError> {
         done(self.connection.ask(&Request::Ping, deadline).await?)
+    }
+
+    /// Notes that the connection has ended, or is about to, because the state of the guest's machine was captured: its
+    /// sessions end with [`ChannelError::Captured`].
+    pub fn note_captured(&self) {
+        self.connection.captured.store(true, Ordering::Release);
     }
 
     /// Ends the connection now, under all sessions that still use it.

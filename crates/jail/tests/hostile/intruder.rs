@@ -175,7 +175,7 @@ fn tap(name: &str) {
     network(&|_| None);
 }
 
-/// Looks, says that it did, waits until more was shown, and looks again.
+/// Looks, says that it did, waits until more was shown, and looks again; and once more when that was hidden.
 fn later(number: &str, order: Orders<'_>) {
     // SAFETY: it was kept open for this, and nobody else uses it.
     let mut line = unsafe { UnixStream::from_raw_fd(number.parse().unwrap()) };
@@ -195,6 +195,23 @@ fn later(number: &str, order: Orders<'_>) {
     let directory = Path::new(own).parent().unwrap();
     list("list beside", directory.to_str().unwrap());
     attempt("make of a file beside", File::create(directory.join("file")));
+    let mut open = File::open(own).unwrap();
+    line.write_all(b"?").unwrap();
+    line.read_exact(&mut [0]).unwrap();
+    let length = |path| fs::read(path).unwrap().len();
+    tell("length of its own when hidden", length(own));
+    tell("length of what is shared when hidden", length(shared));
+    attempt("write where its own was", File::options().write(true).open(own));
+    attempt("removal of what is left", fs::remove_file(own));
+    let mut text = String::new();
+    let read = open.read_to_string(&mut text);
+    tell(
+        "what it has open",
+        read.map_or_else(|error| error.to_string(), |_| text),
+    );
+    line.write_all(b"?").unwrap();
+    line.read_exact(&mut [0]).unwrap();
+    attempt("write when shown again", File::options().write(true).open(own));
 }
 
 fn files(order: Orders<'_>) {

@@ -1,4 +1,4 @@
-//! What is shown to a program that is in its jail already.
+//! What is shown to a program that is in its jail already, and hidden from it again.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 
-use hypeman_jail::{Show, show_to};
+use hypeman_jail::{Show, hide_from, show_to};
 use rustix::fs::Mode;
 use rustix::thread::UnshareFlags;
 
@@ -27,7 +27,7 @@ fn with_a_strict_mask<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 }
 
 #[test]
-fn what_is_shown_later_has_the_rights_that_were_asked_for_and_no_others() {
+fn what_is_shown_later_has_the_rights_that_were_asked_for_and_goes_out_of_sight_when_hidden() {
     let Some(scene) = scene() else { return };
     let directory = scene.data().join("volumes/deep");
     fs::create_dir_all(&directory).unwrap();
@@ -54,6 +54,20 @@ fn what_is_shown_later_has_the_rights_that_were_asked_for_and_no_others() {
         show_to(confined.pid, &Show::shared(&shared)).unwrap();
     });
     ours.write_all(b"!").unwrap();
+    ours.read_exact(&mut [0]).unwrap();
+    with_a_strict_mask(|| {
+        hide_from(confined.pid, &own).unwrap();
+        hide_from(confined.pid, &shared).unwrap();
+    });
+    // Neither twice, nor what was never shown, nor what the jail itself is made of.
+    for nothing in [&own, &secret, &directory] {
+        let error = hide_from(confined.pid, nothing).unwrap_err();
+        assert!(error.to_string().contains("cannot hide"), "{error}");
+    }
+    ours.write_all(b"!").unwrap();
+    ours.read_exact(&mut [0]).unwrap();
+    show_to(confined.pid, &Show::own(&own)).unwrap();
+    ours.write_all(b"!").unwrap();
     let tried = scene.finish(confined);
     tried.expect("early read", &["ENOENT"]);
     tried.expect("read of its own", &["done"]);
@@ -64,6 +78,17 @@ fn what_is_shown_later_has_the_rights_that_were_asked_for_and_no_others() {
     tried.expect("read of what lies beside", &["ENOENT"]);
     tried.expect("list beside", &["own shared"]);
     tried.expect("make of a file beside", &["EACCES"]);
+    for hidden in [
+        "length of its own when hidden",
+        "length of what is shared when hidden",
+    ] {
+        assert_eq!(tried.number(hidden), 0);
+    }
+    tried.expect("write where its own was", &["EACCES"]);
+    tried.expect("removal of what is left", &["EACCES"]);
+    tried.expect("what it has open", &["own"]);
+    tried.expect("write when shown again", &["done"]);
+    assert_eq!(fs::read(&own).unwrap(), b"own");
     let about = |path| fs::metadata(path).unwrap();
     assert_eq!(Some(about(&own).uid()), tried.confined.report.user);
     assert_eq!((about(&shared).uid(), about(&shared).mode() & 0o777), (0, 0o640));
@@ -71,7 +96,7 @@ fn what_is_shown_later_has_the_rights_that_were_asked_for_and_no_others() {
 }
 
 #[test]
-fn nothing_is_granted_where_there_is_no_jail_or_no_process() {
+fn nothing_is_granted_or_hidden_where_there_is_no_jail_or_no_process() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     fs::write(&file, "ours").unwrap();
@@ -84,4 +109,8 @@ fn nothing_is_granted_where_there_is_no_jail_or_no_process() {
     let error = show_to(gone.id(), &Show::own(&file)).unwrap_err();
     assert!(error.to_string().contains("cannot show"), "{error}");
     assert_eq!(owner(), before);
+    hide_from(std::process::id(), &file).unwrap();
+    assert_eq!(fs::read(&file).unwrap(), b"ours");
+    let error = hide_from(gone.id(), &file).unwrap_err();
+    assert!(error.to_string().contains("cannot hide"), "{error}");
 }

@@ -7,6 +7,9 @@
 //!  client ◄── text: {"exitCode":N}, close
 //! ```
 //!
+//! A session whose connection to the guest breaks ends with the reason as output and exit code 127, as the contract has
+//! it; that a snapshot broke it, the code of the close frame says ([`api::ExecEnd`]).
+//!
 //! Input and output are pumped independently: a command that does not read its input never holds up its
 //! output, and the other way round. When the client goes, both ends are dropped and the guest kills the session.
 
@@ -141,34 +144,51 @@ async fn start(
     }
 }
 
+/// How a session ended.
+struct Ended {
+    /// `None` when there is no exit code, or nobody to take it.
+    code: Option<i32>,
+    why: api::ExecEnd,
+}
+
+impl Ended {
+    fn with(code: Option<i32>) -> Self {
+        Self {
+            code,
+            why: api::ExecEnd::Ordinary,
+        }
+    }
+}
+
 /// Pumps until the command ends, the client goes or the server goes down. `None` when there is no exit code.
 async fn run(stage: watch::Receiver<Stage>, session: ExecSession, socket: WebSocket) -> Option<i32> {
     let (input, reader) = session.split();
     let (mut sink, stream) = socket.split();
     let client_gone = pump_input(input, stream);
     tokio::pin!(client_gone);
-    let (code, client_left) = {
+    let (ended, client_left) = {
         let output = pump_output(reader, &mut sink);
         tokio::pin!(output);
         tokio::select! {
             // A command that ended wins over a client that closed at the same time.
             biased;
-            code = &mut output => (code, false),
-            () = &mut client_gone => (None, true),
-            () = reached(stage, Stage::Cutting) => (None, false),
+            ended = &mut output => (ended, false),
+            () = &mut client_gone => (Ended::with(None), true),
+            () = reached(stage, Stage::Cutting) => (Ended::with(None), false),
         }
     };
     if client_left {
         return None;
     }
-    let _ = tokio::time::timeout(socket::SEND_STALL, sink.send(socket::goodbye())).await;
+    let goodbye = socket::goodbye_because(ended.why.close_code(), ended.why.reason());
+    let _ = tokio::time::timeout(socket::SEND_STALL, sink.send(goodbye)).await;
     // The client's remaining frames are read, else the kernel resets the connection and loses ours.
     let _ = tokio::time::timeout(Duration::from_secs(5), client_gone).await;
-    code
+    ended.code
 }
 
-/// Sends output, then the exit code. `None` when the client does not take it or the guest is gone.
-async fn pump_output(mut reader: ExecReader, sink: &mut SplitSink<WebSocket, Message>) -> Option<i32> {
+/// Sends output, then the exit code. There is none when the client does not take it or the guest is gone.
+async fn pump_output(mut reader: ExecReader, sink: &mut SplitSink<WebSocket, Message>) -> Ended {
     let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
     // `next` must not be cancelled, and pings must not wait for output: so one reads and the other sends.
     let read = async move {
@@ -188,7 +208,7 @@ async fn pump_output(mut reader: ExecReader, sink: &mut SplitSink<WebSocket, Mes
                 output = receiver.recv() => output,
                 _ = ping.tick() => {
                     if !socket::send(sink, Message::Ping(Bytes::new())).await {
-                        return None;
+                        return Ended::with(None);
                     }
                     continue;
                 }
@@ -196,22 +216,27 @@ async fn pump_output(mut reader: ExecReader, sink: &mut SplitSink<WebSocket, Mes
             match output {
                 Some(Ok(Some(ExecOutput::Stdout(data) | ExecOutput::Stderr(data)))) => {
                     if !send_chunks(sink, data).await {
-                        return None;
+                        return Ended::with(None);
                     }
                 }
                 Some(Ok(Some(ExecOutput::Exit(code)))) => {
-                    return socket::send_json(sink, &api::ExecExit { exit_code: code })
-                        .await
-                        .then_some(code);
+                    let taken = socket::send_json(sink, &api::ExecExit { exit_code: code }).await;
+                    return Ended::with(taken.then_some(code));
                 }
                 Some(Err(error)) => {
                     let text = Bytes::from(format!("Error: {error}\r\n"));
                     socket::send(sink, Message::Binary(text)).await;
-                    return socket::send_json(sink, &api::ExecExit { exit_code: NOT_RUN })
-                        .await
-                        .then_some(NOT_RUN);
+                    let taken = socket::send_json(sink, &api::ExecExit { exit_code: NOT_RUN }).await;
+                    let why = match error {
+                        ChannelError::Captured => api::ExecEnd::Snapshot,
+                        _ => api::ExecEnd::Ordinary,
+                    };
+                    return Ended {
+                        code: taken.then_some(NOT_RUN),
+                        why,
+                    };
                 }
-                Some(Ok(None)) | None => return None,
+                Some(Ok(None)) | None => return Ended::with(None),
             }
         }
     };
@@ -219,7 +244,7 @@ async fn pump_output(mut reader: ExecReader, sink: &mut SplitSink<WebSocket, Mes
     tokio::pin!(read, write);
     tokio::select! {
         biased;
-        code = &mut write => code,
+        ended = &mut write => ended,
         () = &mut read => write.await,
     }
 }

@@ -80,9 +80,14 @@ where
 
 /// The frame that ends a session which went well.
 pub fn goodbye() -> Message {
+    goodbye_because(close_code::NORMAL, "")
+}
+
+/// The frame that ends a session for a reason that its endpoint defines.
+pub fn goodbye_because(code: u16, reason: &'static str) -> Message {
     Message::Close(Some(CloseFrame {
-        code: close_code::NORMAL,
-        reason: "".into(),
+        code,
+        reason: reason.into(),
     }))
 }
 

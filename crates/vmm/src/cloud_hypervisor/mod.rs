@@ -164,7 +164,7 @@ impl CloudHypervisor {
         let (console, log) = Console::begin(spec, Some(words))?;
 
         let program = start.detached(arguments, Path::new("/"), log, Some(errors));
-        let starting = Starting::spawn(program, &console).await?;
+        let starting = Starting::spawn(VmmKind::CloudHypervisor, program, &console).await?;
         let process = starting.process();
         let told =
             Told::listen(&pipe_path, Arc::clone(process)).map_err(io_error("cannot open", &pipe_path))?;
@@ -326,6 +326,7 @@ fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
         Feature::GpuPassthrough,
         Feature::DiskIoLimit,
         Feature::DiskResize,
+        Feature::SnapshotKeepsConnections,
     ];
     if abilities(version).balloon {
         features.push(Feature::BalloonControl);
@@ -334,7 +335,13 @@ fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
         features.push(Feature::HotplugMemory);
     }
     if cannot_save {
-        features.retain(|feature| !matches!(feature, Feature::Snapshots | Feature::Standby | Feature::Fork));
+        let of_saving = [
+            Feature::Snapshots,
+            Feature::Standby,
+            Feature::Fork,
+            Feature::SnapshotKeepsConnections,
+        ];
+        features.retain(|feature| !of_saving.contains(feature));
     }
     features.sort();
     features

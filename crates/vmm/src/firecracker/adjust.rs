@@ -33,7 +33,7 @@ impl Adjust for FirecrackerMachine {
         unsupported("disks that are added while the machine runs")
     }
 
-    async fn detach_disk(&self, _index: usize) -> Result<(), VmmError> {
+    async fn detach_disk(&self, _index: usize, _disk: &Disk) -> Result<(), VmmError> {
         unsupported("disks that are taken away while the machine runs")
     }
 

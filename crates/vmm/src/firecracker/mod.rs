@@ -120,7 +120,7 @@ impl Firecracker {
         let memory = start.memory.clone();
 
         let program = start.detached(arguments(spec, &files, boots), files.own().path(), log, None);
-        let starting = Starting::spawn(program, &console).await?;
+        let starting = Starting::spawn(kind, program, &console).await?;
         let client = RestClient::new(files.api_socket(), Arc::clone(starting.process()));
         let ready = async {
             until_it_listens(client.socket(), START_DEADLINE).await?;

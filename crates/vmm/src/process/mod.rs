@@ -13,6 +13,7 @@ mod by_name;
 mod confine;
 mod filter;
 mod identity;
+mod own_filter;
 mod spawn;
 #[cfg(test)]
 pub(crate) mod stand_in;

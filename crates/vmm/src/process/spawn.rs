@@ -13,7 +13,7 @@ use std::sync::Arc;
 use hypeman_jail::{Jail, JailSpec, Launch, Lent, Report, Restraint};
 use rustix::io::FdFlags;
 
-use super::filter;
+use super::{filter, own_filter};
 
 /// A program to start and what it gets from us.
 #[derive(Debug)]
@@ -52,6 +52,8 @@ pub(super) struct Spawned {
     pub(super) pid: u32,
     /// What of its jail is in force.
     pub(super) jail: Option<Report>,
+    /// How many filters of system calls it began with.
+    pub(super) filters: u32,
 }
 
 /// Starts the program as leader of a session of its own, with an empty environment but `PATH`. Returns once it executes.
@@ -66,6 +68,8 @@ fn confined(detached: Detached) -> io::Result<Spawned> {
     let Some(confinement) = detached.jail else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
+    // The jail's own, and the one that asks us for what is lent.
+    let filters = own_filter::ours() + 1 + u32::from(confinement.lent.is_some());
     let launch = Launch {
         program: &detached.program,
         arguments: &detached.arguments,
@@ -81,6 +85,7 @@ fn confined(detached: Detached) -> io::Result<Spawned> {
     Ok(Spawned {
         pid: confined.pid,
         jail: Some(confined.report),
+        filters,
     })
 }
 
@@ -97,6 +102,7 @@ fn unconfined(detached: Detached) -> io::Result<Spawned> {
         .stdout(detached.output.as_fd().try_clone_to_owned()?)
         .stderr(detached.errors.unwrap_or(detached.output));
     let forbid_holes = detached.forbid_holes;
+    let filters = own_filter::ours() + u32::from(restraint.is_some()) + u32::from(forbid_holes);
     let prepare = move || {
         rustix::process::setsid()?;
         // Everything that some library may have opened without close-on-exec ends here.
@@ -135,5 +141,6 @@ fn unconfined(detached: Detached) -> io::Result<Spawned> {
     Ok(Spawned {
         pid: child.id(),
         jail: report,
+        filters,
     })
 }

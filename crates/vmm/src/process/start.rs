@@ -7,14 +7,15 @@
 
 use std::sync::Arc;
 
-use hypeman_jail::Report;
+use hypeman_jail::{Mode, Report};
 
 use super::ProcessHandle;
+use super::own_filter::Look;
 use super::spawn::{Detached, spawn_detached};
-use crate::VmmError;
 use crate::blocking::blocking;
 use crate::console::Console;
 use crate::files::io_error;
+use crate::{VmmError, VmmKind};
 
 /// A process that was started and is no machine yet. Dropped, it is killed.
 pub(crate) struct Starting {
@@ -22,17 +23,23 @@ pub(crate) struct Starting {
     guard: KillOnDrop,
     /// What of its jail is in force.
     jail: Option<Report>,
+    /// What shows of that only when it runs.
+    look: Look,
     /// What it says.
     console: Console,
 }
 
 impl Starting {
-    /// Starts the program, whose words are in `console`.
+    /// Starts the program of a VMM of this kind, whose words are in `console`.
     ///
     /// # Errors
     /// [`VmmError::StartFailed`] with its own words when it has ended already.
-    pub(crate) async fn spawn(program: Detached, console: &Console) -> Result<Self, VmmError> {
+    pub(crate) async fn spawn(kind: VmmKind, program: Detached, console: &Console) -> Result<Self, VmmError> {
         let path = program.program.clone();
+        let confinement = program.jail.as_ref();
+        // Where all of it is required, nothing is started without.
+        let required =
+            confinement.is_some_and(|confinement| confinement.jail.options().mode == Mode::Required);
         let spawned = blocking(move || spawn_detached(program))
             .await
             .map_err(io_error("cannot start", &path))?;
@@ -44,6 +51,12 @@ impl Starting {
         Ok(Self {
             guard: KillOnDrop::of(&process),
             process,
+            look: Look {
+                kind,
+                pid: spawned.pid,
+                started_with: spawned.filters,
+                required,
+            },
             jail: spawned.jail,
             console: console.clone(),
         })
@@ -61,21 +74,32 @@ impl Starting {
         self,
         ready: impl Future<Output = Result<T, VmmError>>,
     ) -> Result<(T, Option<Report>), VmmError> {
+        let Self {
+            process,
+            guard,
+            jail,
+            look,
+            console,
+        } = self;
+        let whole = async {
+            let ready = ready.await?;
+            Ok::<_, VmmError>((ready, look.complete(jail).await?))
+        };
         let outcome = tokio::select! {
             biased;
-            outcome = ready => outcome,
-            _ = self.process.ended() => Err(VmmError::Gone),
+            outcome = whole => outcome,
+            _ = process.ended() => Err(VmmError::Gone),
         };
         match outcome {
-            Ok(ready) => {
-                self.guard.forget();
-                Ok((ready, self.jail))
+            Ok(started) => {
+                guard.forget();
+                Ok(started)
             }
             Err(error) => {
-                self.process.end().await?;
+                process.end().await?;
                 Err(match error {
                     // Its sockets end a moment before it does, so its words are whole only now.
-                    VmmError::Gone => failed(&self.console),
+                    VmmError::Gone => failed(&console),
                     error => error,
                 })
             }

@@ -107,7 +107,7 @@ impl Qemu {
         };
 
         let program = self.detached(&facts, spec, sockets, start, keep, output).await?;
-        let starting = Starting::spawn(program, &console).await?;
+        let starting = Starting::spawn(self.board.kind(), program, &console).await?;
         let control = Control::new(spec.id.clone(), Arc::clone(starting.process()), qmp_path);
         let identity = facts.state_identity(self.board);
         let machine = QemuMachine::new(control, console, spec, Some(identity));
@@ -193,6 +193,7 @@ impl Vmm for Qemu {
                     Feature::Fork,
                     Feature::Pause,
                     Feature::DiskIoLimit,
+                    Feature::SnapshotKeepsConnections,
                 ],
             },
             Err(error) => Capabilities::Unavailable {

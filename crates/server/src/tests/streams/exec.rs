@@ -4,7 +4,7 @@ use futures::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
-use super::{Streams, finish, send};
+use super::{Streams, finish, send, text};
 
 fn sh(script: &str) -> Value {
     json!({"command": ["sh", "-c", script], "tty": false})
@@ -115,6 +115,37 @@ async fn a_timeout_ends_the_command() {
     let mut request = sh("sleep 1000");
     request["timeout"] = json!(1);
     assert_eq!(streams.run(request).await.1, json!({"exitCode": 124}));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_connection_breaks_is_a_failure_and_a_snapshot_is_told_as_the_reason() {
+    for captured in [false, true] {
+        let streams = Streams::start().await;
+        let mut socket = streams.exec(sh("echo ready; exec sleep 1000")).await;
+        assert_eq!(socket.next().await.unwrap().unwrap().into_data(), "ready\n");
+        if captured {
+            streams.guest.note_captured();
+        }
+        streams.guest.close();
+        let reason = socket.next().await.unwrap().unwrap().into_data();
+        let reason = String::from_utf8_lossy(&reason);
+        assert!(
+            reason.starts_with("Error: ") && reason.ends_with("\r\n"),
+            "{reason:?}"
+        );
+        assert_eq!(reason.contains("ended by a snapshot"), captured, "{reason:?}");
+        // As it was before the close frame told anything.
+        assert_eq!(text(&mut socket).await, json!({"exitCode": 127}));
+        let Some(Ok(Message::Close(Some(close)))) = socket.next().await else {
+            panic!("no close frame");
+        };
+        let told = (u16::from(close.code), close.reason.as_str());
+        let expected = match captured {
+            true => (4001, "ended_by_snapshot"),
+            false => (1000, ""),
+        };
+        assert_eq!(told, expected);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

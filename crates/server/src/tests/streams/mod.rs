@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::routing::get;
 use futures::{SinkExt as _, StreamExt as _};
+use hypeman_guest_api::host::GuestClient;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -21,6 +22,7 @@ mod guest;
 /// A server with the two endpoints in front of one guest.
 struct Streams {
     base: String,
+    guest: GuestClient,
     /// Dropping it would end all sessions.
     _stage: Arc<watch::Sender<Stage>>,
 }
@@ -31,7 +33,7 @@ impl Streams {
     async fn start() -> Self {
         let client = guest::start().await;
         let (stage, watched) = watch::channel(Stage::Serving);
-        let for_exec = client.clone();
+        let (for_exec, guest) = (client.clone(), client.clone());
         let router = axum::Router::new()
             .route(
                 "/exec",
@@ -53,6 +55,7 @@ impl Streams {
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Self {
             base,
+            guest,
             _stage: Arc::new(stage),
         }
     }
