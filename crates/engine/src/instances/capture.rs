@@ -363,9 +363,7 @@ impl Driver {
         faults::point("capture.paused");
         let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
         let served = self.shared.paging.settle(name).await?;
-        let copied = blocking_io("copy guest memory", move || {
-            Frozen::copied(&memory, room, served)
-        });
+        let copied = blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served));
         let begun = async {
             match disk.as_mut() {
                 Some(copies) => Ok(copies.begin().await?),
