@@ -10,6 +10,7 @@
 //! Invariant: answers belong to one binary (path, size, time of change). When the file changes it is asked anew.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -164,6 +165,16 @@ impl Binaries {
         )
     }
 
+    /// See [`executable_names`].
+    pub(crate) fn executable_names(&self) -> Vec<OsString> {
+        let configured = self.configured.iter().cloned();
+        let searched = self
+            .search_path
+            .iter()
+            .map(|directory| directory.join(self.program));
+        executable_names(self.program, configured.chain(searched).chain(self.stored()))
+    }
+
     /// Binaries in the data directory.
     fn stored(&self) -> Vec<PathBuf> {
         let entries = self
@@ -211,6 +222,15 @@ impl Binaries {
         }
         Ok(version)
     }
+}
+
+/// How the executables of a program's processes may be called: as usual, or as files that stand for it, which an operator
+/// may call anything. The kernel shows a file where its links lead.
+pub(crate) fn executable_names(usual: &str, files: impl IntoIterator<Item = PathBuf>) -> Vec<OsString> {
+    let real = files
+        .into_iter()
+        .filter_map(|file| Some(file.canonicalize().ok()?.file_name()?.to_owned()));
+    std::iter::once(OsString::from(usual)).chain(real).collect()
 }
 
 /// What tells one binary from another.
@@ -314,6 +334,21 @@ mod tests {
         // A binary that was replaced is asked anew.
         binary(&root.join("path"), "vmm v1.5.0 newer");
         assert_eq!(versions(known.all().await.unwrap()), ["1.5.0", "1.10.0", "1.3.0"]);
+    }
+
+    #[test]
+    fn processes_are_known_by_whatever_their_file_is_called() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        binary(&root.join("releases"), "vmm v1.3.0");
+        std::fs::rename(root.join("releases/vmm"), root.join("releases/1.3.0")).unwrap();
+        std::fs::create_dir(root.join("configured")).unwrap();
+        std::os::unix::fs::symlink(root.join("releases/1.3.0"), root.join("configured/vmm")).unwrap();
+        assert_eq!(
+            binaries(root, Some("configured")).executable_names(),
+            ["vmm", "1.3.0"]
+        );
+        assert_eq!(binaries(root, None).executable_names(), ["vmm"]);
     }
 
     #[tokio::test]

@@ -59,11 +59,14 @@ impl Added {
         is_up && hotplug_bytes > 0 && matches!(self, Self::Withheld | Self::TakenBack(_))
     }
 
-    /// After the VMM was asked to give it. `None`: nobody knows, and it is to be asked again.
-    fn after(given: &Result<(), VmmError>) -> Option<Self> {
+    /// After the VMM was asked to give it. `None`: nobody knows, and it is to be asked again. So it is of what the guest
+    /// once had, whatever the VMM says: that is not missing, and the guest must have it again.
+    fn after(self, given: &Result<(), VmmError>) -> Option<Self> {
         match given {
             Ok(()) => Some(Self::Given),
-            Err(VmmError::Refused { .. } | VmmError::Unsupported { .. }) => Some(Self::Missing),
+            Err(VmmError::Refused { .. } | VmmError::Unsupported { .. }) if self.had() == 0 => {
+                Some(Self::Missing)
+            }
             Err(_) => None,
         }
     }
@@ -146,7 +149,7 @@ impl Driver {
         if let Err(error) = &given {
             tracing::warn!(instance = %self.record.id, %error, "memory not given");
         }
-        let Some(after) = Added::after(&given) else { return };
+        let Some(after) = before.after(&given) else { return };
         if after == Added::Missing {
             self.log
                 .line("its machine has no memory beside what it began with: start it anew");
@@ -239,14 +242,18 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_it_is_not_asked_again_but_a_silent_one_is() {
+    fn a_machine_without_it_is_not_asked_again_but_a_silent_one_and_one_that_had_it_are() {
         let refused = VmmError::Refused {
             command: "x".into(),
             message: "no".into(),
         };
-        assert_eq!(Added::after(&Ok(())), Some(Added::Given));
-        assert_eq!(Added::after(&Err(refused)), Some(Added::Missing));
-        assert_eq!(Added::after(&Err(VmmError::Gone)), None);
+        let refused = Err(refused);
+        for nothing_known in [Added::Withheld, Added::TakenBack(0)] {
+            assert_eq!(nothing_known.after(&refused), Some(Added::Missing));
+            assert_eq!(nothing_known.after(&Err(VmmError::Gone)), None);
+        }
+        assert_eq!(Added::TakenBack(SOME).after(&refused), None, "it was there");
+        assert_eq!(Added::TakenBack(SOME).after(&Ok(())), Some(Added::Given));
     }
 
     #[test]

@@ -362,8 +362,11 @@ impl Driver {
         machine.pause().await?;
         faults::point("capture.paused");
         let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        let served = self.shared.paging.settle(name).await?;
-        let copied = blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served));
+        // Settled as late as memory is looked at: what has written to it meanwhile had pages brought.
+        let copied = async {
+            let served = self.shared.paging.settle(name).await?;
+            blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served)).await
+        };
         let begun = async {
             match disk.as_mut() {
                 Some(copies) => Ok(copies.begin().await?),

@@ -84,7 +84,10 @@ impl Driver {
                         self.let_go(held).await;
                     }
                     // Its end, or its silence, is noticed by itself.
-                    Err(resume) => tracing::error!(instance = %self.record.id, %resume, "not resumed"),
+                    Err(resume) => {
+                        tracing::error!(instance = %self.record.id, %resume, "not resumed");
+                        self.leave_still(held);
+                    }
                 }
                 self.clear_journal().await;
                 Err(error)

@@ -119,6 +119,14 @@ impl Driver {
         }
     }
 
+    /// Leaves the workload of a guest still whose machine does not go on. Should it ever, the next connection lets the
+    /// workload go on too; there is one only after this one has ended.
+    pub(super) fn leave_still(&self, held: Held) {
+        if let Some(client) = held.client {
+            client.close();
+        }
+    }
+
     /// Connects to a guest whose connections have ended, which is no news of the guest: it is thawed by the new one.
     async fn reach_anew(&mut self) {
         // Its sessions would wait for a guest that has forgotten them.

@@ -33,7 +33,8 @@ impl Zone {
                 message: "it does not say how much memory there is".to_owned(),
             });
         };
-        // A balloon that is not yet as large as it should be makes this too much, never too little.
+        // What a balloon holds is not told, only what it should hold: on its way there this is off by the rest, too much
+        // while it grows and too little while it shrinks. A device state is looked at itself before it is given out.
         let balloon = info["config"]["balloon"]["size"].as_u64().unwrap_or(0);
         Ok(Self {
             size,

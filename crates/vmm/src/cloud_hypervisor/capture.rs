@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::config::{self, COMMAND_LINE_ADDRESS, segments};
 use super::control::Control;
 use super::state::{self, Facts, PAGE, StateError};
+use crate::blocking::blocking;
 use crate::kernel_arguments;
 use crate::memory::locate::{self, Signature};
 use crate::memory::{GuestMemory, Segment};
@@ -118,7 +119,7 @@ pub(super) async fn save_devices(
             )));
         }
     }
-    let work = move || -> Result<Vec<u8>, VmmError> {
+    blocking(move || {
         let bytes = saving.0.read(STATE_FILE, FILE_LIMIT).map_err(failed)?;
         let description = saving.0.read(CONFIG_FILE, FILE_LIMIT).map_err(failed)?;
         let description: Value =
@@ -142,9 +143,8 @@ pub(super) async fn save_devices(
             ..facts
         };
         state::join(&facts, &bytes, &pages).map_err(unusable)
-    };
-    let outcome = tokio::task::spawn_blocking(work).await;
-    outcome.unwrap_or_else(|error| Err(failed(io::Error::other(error))))
+    })
+    .await
 }
 
 /// What is read of a machine is the memory that it began with: a guest that has more is not captured.
@@ -161,10 +161,7 @@ fn is_expected(message: &str) -> bool {
 }
 
 fn failed(source: io::Error) -> VmmError {
-    VmmError::Io {
-        context: "cannot take a device state".to_owned(),
-        source,
-    }
+    VmmError::io("cannot take a device state")(source)
 }
 
 /// A state on its way out; what is left of it goes with this.

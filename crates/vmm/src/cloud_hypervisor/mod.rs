@@ -250,7 +250,8 @@ impl Vmm for CloudHypervisor {
     }
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
-        processes_with_argument(PROGRAM, &event_argument(runtime_directory))
+        let word = event_argument(runtime_directory);
+        processes_with_argument(&self.binaries.executable_names(), &word)
             .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }

@@ -323,7 +323,7 @@ impl Vmm for Firecracker {
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
         let socket = Files::of(runtime_directory).api_socket();
-        processes_with_argument("firecracker", socket.as_os_str())
+        processes_with_argument(&self.binaries.executable_names(), socket.as_os_str())
             .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }

@@ -33,6 +33,7 @@ use std::sync::Arc;
 use rustix::fs::{Mode, OFlags};
 
 pub use self::copy::CopyRoom;
+use self::mappings::Kind;
 use crate::process::ProcessHandle;
 use crate::ranges::{union, without};
 
@@ -73,8 +74,7 @@ pub(crate) struct Segment {
 }
 
 impl GuestMemory {
-    /// Checks that each segment is one block of private memory, all of one kind, and opens them. Offsets count
-    /// through them in order.
+    /// Checks that each segment is one block of private memory, and opens them. Offsets count through them in order.
     pub(crate) fn open(process: Arc<ProcessHandle>, segments: Vec<Segment>) -> io::Result<Self> {
         Self::opened(process, segments, false)
     }
@@ -93,25 +93,22 @@ impl GuestMemory {
         if !process.is_alive() {
             return Err(gone());
         }
-        let mut kinds = Vec::with_capacity(segments.len());
-        for segment in &segments {
-            let maps = open_maps(&directory)?;
-            kinds.push(mappings::kind_of(maps, segment.address, segment.length)?);
-        }
-        let Some(kind) = kinds
-            .first()
-            .copied()
-            .filter(|kind| kinds.iter().all(|other| other == kind))
-        else {
+        if segments.is_empty() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "guest memory is not of one kind",
+                "no machine has no memory",
             ));
-        };
-        let missing = match kind {
-            mappings::Kind::PrivateFile => Missing::File,
+        }
+        let mut of_file = false;
+        for segment in &segments {
+            let maps = open_maps(&directory)?;
+            of_file |= mappings::kind_of(maps, segment.address, segment.length)? == Kind::PrivateFile;
+        }
+        let missing = match of_file {
+            // Of any of them. One that is plain memory altogether was given back as a whole.
+            true => Missing::File,
             // Reading the flags costs a walk through all of the process's tables.
-            mappings::Kind::Anonymous if maybe_served => {
+            false if maybe_served => {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
                 let smaps = rustix::fs::openat(&directory, "smaps", flags, Mode::empty())?;
                 let ranges = served::ranges(BufReader::new(File::from(smaps)))?;
@@ -120,7 +117,7 @@ impl GuestMemory {
                     false => Missing::Zero,
                 }
             }
-            mappings::Kind::Anonymous => Missing::Zero,
+            false => Missing::Zero,
         };
         Ok(Self {
             inner: Arc::new(Inner {

@@ -75,9 +75,7 @@ impl Mapping {
     }
 
     fn memory(&self) -> GuestMemory {
-        let identity = ProcessIdentity::read(std::process::id()).unwrap();
-        let process = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
-        GuestMemory::open(Arc::new(process), vec![self.segment()]).unwrap()
+        memory_of(vec![self.segment()])
     }
 
     fn segment(&self) -> Segment {
@@ -100,6 +98,12 @@ impl Drop for Mapping {
         // SAFETY: ours alone, and nobody borrows it any more.
         unsafe { munmap(self.address.cast(), self.length) }.unwrap();
     }
+}
+
+fn memory_of(segments: Vec<Segment>) -> GuestMemory {
+    let identity = ProcessIdentity::read(std::process::id()).unwrap();
+    let process = ProcessHandle::of_recorded(&identity).unwrap().unwrap();
+    GuestMemory::open(Arc::new(process), segments).unwrap()
 }
 
 fn pages(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
@@ -189,6 +193,24 @@ async fn what_a_guest_gave_back_of_a_private_mapping_is_zero_and_no_longer_of_th
 }
 
 #[tokio::test]
+async fn a_segment_that_a_guest_gave_back_as_a_whole_is_zero_and_no_longer_of_the_file() {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[7; 8 * PAGE as usize], 0).unwrap();
+    let low = Mapping::of_file(&file, 8 * PAGE);
+    let mut high = Mapping::of_file(&file, 4 * PAGE);
+    high.replace(0..4);
+    // Also for a server that has never seen it otherwise.
+    let memory = memory_of(vec![low.segment(), high.segment()]);
+    assert!(memory.is_private_mapping());
+    let populated = memory.populated().unwrap();
+    assert_eq!(pages(&populated), [8..12]);
+    let copy = File::from(memory.copy_to_memfd(&populated).unwrap());
+    let mut copied = [0xff; PAGE as usize];
+    copy.read_exact_at(&mut copied, 8 * PAGE).unwrap();
+    assert!(copied == [0; PAGE as usize]);
+}
+
+#[tokio::test]
 async fn both_ways_to_read_page_tables_agree() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(30000 * PAGE).unwrap();
@@ -258,9 +280,7 @@ async fn memory_in_two_segments_reads_as_one_block() {
     low.page(7)[4095] = 1;
     high.page(0)[0] = 2;
     high.page(3)[0] = 3;
-    let identity = ProcessIdentity::read(std::process::id()).unwrap();
-    let process = Arc::new(ProcessHandle::of_recorded(&identity).unwrap().unwrap());
-    let memory = GuestMemory::open(process, vec![low.segment(), high.segment()]).unwrap();
+    let memory = memory_of(vec![low.segment(), high.segment()]);
     assert_eq!(memory.len(), 12 * PAGE);
     assert_eq!(pages(&memory.populated().unwrap()), [7..8, 8..9, 11..12]);
 

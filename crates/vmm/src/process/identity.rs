@@ -1,6 +1,6 @@
 //! Who a VMM process is, beyond its number, as `/proc` tells it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -96,13 +96,17 @@ pub(super) fn usage_of(pid: u32) -> io::Result<MachineStats> {
     })
 }
 
-/// Live processes of executables whose names begin with `program`, with `argument` as one whole word of their command
-/// line. Processes that vanish during the scan are skipped.
-pub(crate) fn processes_with_argument(program: &str, argument: &OsStr) -> io::Result<Vec<ProcessIdentity>> {
+/// Live processes of executables whose names begin with one of `programs`, with `argument` as one whole word of their
+/// command line. Processes that vanish during the scan are skipped.
+pub(crate) fn processes_with_argument(
+    programs: &[OsString],
+    argument: &OsStr,
+) -> io::Result<Vec<ProcessIdentity>> {
     let is_ours = |executable: &Path| {
-        executable
-            .file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with(program))
+        let name = executable.file_name().unwrap_or_default().as_bytes();
+        programs
+            .iter()
+            .any(|program| name.starts_with(program.as_bytes()))
     };
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -160,8 +164,6 @@ fn settled_command_line(pid: u32, is_ours: impl Fn(&Path) -> bool) -> io::Result
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::OsString;
-
     use super::*;
 
     #[test]
@@ -206,8 +208,8 @@ mod tests {
                 .arg(&word)
                 .spawn()
                 .unwrap();
-            let found = processes_with_argument("", &word).unwrap();
-            let refused = processes_with_argument("qemu", &word).unwrap();
+            let found = processes_with_argument(&["other".into(), "".into()], &word).unwrap();
+            let refused = processes_with_argument(&["qemu".into()], &word).unwrap();
             child.kill().unwrap();
             child.wait().unwrap();
             assert_eq!(

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, pidfd_send_signal, waitid,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -44,17 +44,14 @@ pub(crate) struct ProcessHandle {
 
 impl ProcessHandle {
     /// Takes a child that we just started and that nobody has reaped.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::NotFound`] when it has ended already; else the host has no room to watch it. Either way it is gone
+    /// then, and reaped.
     pub(crate) fn of_child(pid: u32) -> io::Result<Self> {
-        let pidfd = open_pidfd(pid)?;
-        match ProcessIdentity::read(pid) {
-            Ok(identity) => Self::watch(identity, pidfd),
-            Err(error) => {
-                // It may have ended already; it must not stay a zombie.
-                let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-                let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
-                Err(error)
-            }
-        }
+        open_pidfd(pid)
+            .and_then(|pidfd| Self::watch(ProcessIdentity::read(pid)?, pidfd))
+            .inspect_err(|_| end_unwatched(pid))
     }
 
     /// Takes back a process that was recorded; `None` when it is gone or its number has a new owner.
@@ -178,11 +175,19 @@ pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
-    let pid = i32::try_from(pid)
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a process id"))?;
+    let pid = number(pid).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a process id"))?;
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+fn number(pid: u32) -> Option<Pid> {
+    i32::try_from(pid).ok().and_then(Pid::from_raw)
+}
+
+/// Ends a child that nobody watches, and nobody else would end or reap. Until it is reaped its number is its own.
+fn end_unwatched(pid: u32) {
+    let Some(pid) = number(pid) else { return };
+    let _ = kill_process(pid, Signal::KILL);
+    let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
 }
 
 fn reap(pidfd: &OwnedFd) -> Ended {
@@ -265,6 +270,17 @@ mod tests {
         assert_eq!(handle.ended().await, Ended::Code(7));
         assert_eq!(handle.ended().await, Ended::Code(7));
         assert!(!Path::new(&format!("/proc/{}", handle.identity().pid)).exists());
+    }
+
+    #[tokio::test]
+    async fn a_child_that_has_ended_already_is_told_from_one_that_cannot_be_watched_and_reaped() {
+        let pid = shell("exit 0");
+        // Ended, and not reaped.
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(number(pid).unwrap()), options).unwrap();
+        let error = ProcessHandle::of_child(pid).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@
 //! Invariant: answers belong to one binary (path, size, time of change). When the file changes, everything is
 //! asked anew; otherwise an answer costs one `stat`.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,11 +12,13 @@ use tokio::sync::Mutex;
 
 use super::arguments::Host;
 use super::board::Board;
-use crate::binaries::{Stamp, output};
+use crate::binaries::{Stamp, executable_names, output};
 use crate::probe::{TscFrequency, kvm_opens, kvm_runs_a_guest, processor_abilities, processor_name};
 use crate::{Accelerator, StateIdentity, VmmError};
 
 const PROGRAM: &str = "qemu-system-x86_64";
+/// What the names of all its executables begin with.
+const FAMILY: &str = "qemu";
 /// The oldest QEMU whose command line and protocol this driver speaks.
 const OLDEST: (u32, u32) = (7, 0);
 /// Goes up when a machine of the same specification gets other devices than before, or others places for them.
@@ -143,6 +146,13 @@ impl QemuHost {
                 ))
             },
         )
+    }
+
+    /// See [`executable_names`].
+    pub(crate) fn executable_names(&self) -> Vec<OsString> {
+        let configured = self.configured.iter().cloned();
+        let searched = self.search_path.iter().map(|directory| directory.join(PROGRAM));
+        executable_names(FAMILY, configured.chain(searched))
     }
 
     async fn ask(&self, program: PathBuf, stamp: &Stamp) -> Result<Facts, VmmError> {

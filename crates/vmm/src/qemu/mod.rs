@@ -249,7 +249,7 @@ impl Vmm for Qemu {
 
     fn find_orphans(&self, runtime_directory: &Path) -> Result<Vec<ProcessIdentity>, VmmError> {
         let pid_file = runtime_directory.join(PID_FILE);
-        processes_with_argument("qemu", pid_file.as_os_str())
+        processes_with_argument(&self.host.executable_names(), pid_file.as_os_str())
             .map_err(io_error("cannot scan", Path::new("/proc")))
     }
 }
