@@ -203,7 +203,8 @@ async fn a_segment_that_a_guest_gave_back_as_a_whole_is_zero_and_no_longer_of_th
     let memory = memory_of(vec![low.segment(), high.segment()]);
     assert!(memory.is_private_mapping());
     let populated = memory.populated().unwrap();
-    assert_eq!(pages(&populated), [8..12]);
+    assert_eq!(populated.len(), 1);
+    assert_eq!(populated[0], 8 * PAGE..12 * PAGE);
     let copy = File::from(memory.copy_to_memfd(&populated).unwrap());
     let mut copied = [0xff; PAGE as usize];
     copy.read_exact_at(&mut copied, 8 * PAGE).unwrap();
