@@ -248,9 +248,14 @@ mod tests {
             message: "no".into(),
         };
         let refused = Err(refused);
+        let unanswered = Err(VmmError::Unanswered {
+            command: "x".into(),
+            reason: "the connection ended".into(),
+        });
         for nothing_known in [Added::Withheld, Added::TakenBack(0)] {
             assert_eq!(nothing_known.after(&refused), Some(Added::Missing));
             assert_eq!(nothing_known.after(&Err(VmmError::Gone)), None);
+            assert_eq!(nothing_known.after(&unanswered), None, "it may have been given");
         }
         assert_eq!(Added::TakenBack(SOME).after(&refused), None, "it was there");
         assert_eq!(Added::TakenBack(SOME).after(&Ok(())), Some(Added::Given));

@@ -152,8 +152,8 @@ impl Driver {
                 }
             }
             Err(error @ VmmError::Unresponsive { .. }) => self.note_silence(error.to_string()),
-            // It lives, and nobody listens at its socket.
-            Err(error @ VmmError::Io { .. }) => {
+            // It lives, and nobody listens at its socket, or who does gives no answer.
+            Err(error @ (VmmError::Io { .. } | VmmError::Unanswered { .. })) => {
                 self.note_silence(format!("the VMM cannot be asked: {error}"));
             }
             // Its end is reported by the process itself.

@@ -87,7 +87,7 @@ impl Adjust for CloudHypervisorMachine {
             .control()
             .order("vm.add-disk", Some(&description), CALL_DEADLINE)
             .await;
-        // Not of an answer that is missing: it may have the disk.
+        // Only where it said no: after an answer that is missing it may have the disk.
         if matches!(added, Err(VmmError::Refused { .. }))
             && let Err(error) = self.hide(disk).await
         {
