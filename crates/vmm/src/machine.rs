@@ -366,7 +366,8 @@ pub trait Adjust: Send + Sync {
     /// Adds a disk as number `index` of the machine.
     async fn attach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
 
-    /// Takes disk number `index`, which is this one, away; the VMM no longer sees its file.
+    /// Takes disk number `index`, which is this one, away; the VMM no longer sees its file, unless the host cannot hide
+    /// it, which is logged.
     async fn detach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
 
     /// Changes the size of a disk, and of its file.
