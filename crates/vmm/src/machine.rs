@@ -84,8 +84,10 @@ pub enum RunState {
     Created,
     /// Executing.
     Running,
-    /// Stopped between two instructions.
+    /// Stopped between two instructions, until [`Machine::resume`].
     Paused,
+    /// Its guest sleeps, as it asked to, until something wakes it; [`Machine::resume`] does not.
+    Suspended,
     /// Stopped because the host has no room for what the guest writes. Goes on by itself once there is room.
     Stalled,
     /// The guest powered off and the VMM is about to exit.

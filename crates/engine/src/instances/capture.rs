@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Invariants:
-//! - Whatever fails, the source goes on as before: a paused machine is always resumed.
+//! - Whatever fails, the source goes on as before: a paused machine is always resumed, later if not at once (see
+//!   [`super::stranded`]).
 //! - Memory, devices and disk belong to one instant: nothing runs between the first and the last of them.
 //! - What is made here counts only once a row names it; a directory without one is swept at the next start.
 
@@ -126,8 +127,16 @@ impl Driver {
         let held = self.note_cut(&machine, held);
         let resumed = machine.resume().await;
         faults::point("capture.resumed");
-        self.give_memory().await;
-        self.let_go(held).await;
+        match &resumed {
+            Ok(()) => {
+                self.give_memory().await;
+                self.let_go(held).await;
+            }
+            Err(error) => {
+                tracing::error!(instance = %self.record.id, %error, "not resumed");
+                self.leave_still(held);
+            }
+        }
         let pause = began.elapsed();
         faults::point("capture.let_go");
         let finished = match (still, resumed) {

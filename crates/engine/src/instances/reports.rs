@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Lifecycle, Observation};
 use hypeman_guest_api::{ExitReason, GuestEvent};
-use hypeman_vmm::VmmError;
+use hypeman_vmm::{RunState, VmmError};
 
 use super::boot::kill;
 use super::driver::{Driver, Wake, next_of_run};
@@ -124,21 +124,24 @@ impl Driver {
             match tokio::time::timeout_at(deadline, next_of_run(self.run.as_mut())).await {
                 Ok(Wake::Link(event)) => self.on_link(event).await,
                 Ok(Wake::MachineGone) => self.finish_run(None).await,
-                Ok(_) => self.check_machine().await,
+                Ok(_) => {
+                    self.check_machine().await;
+                }
                 Err(_) => return,
             }
         }
     }
 
-    /// Asks the VMM for a sign of life.
-    pub(super) async fn check_machine(&mut self) {
-        let Some(run) = &self.run else { return };
+    /// Asks the VMM for a sign of life. What it says of its machine, where it does.
+    pub(super) async fn check_machine(&mut self) -> Option<RunState> {
+        let run = self.run.as_ref()?;
         let check = run.machine.run_state(VMM_CHECK_DEADLINE).await;
         self.silence = self.silence.after(&check);
         match check {
             Ok(state) => {
                 self.note_stall(self.stall.seen(state));
                 self.note_answer();
+                return Some(state);
             }
             // Who says no lives.
             Err(VmmError::Refused { .. }) => self.note_answer(),
@@ -150,6 +153,7 @@ impl Driver {
             // Its end is reported by the process itself.
             Err(_) => {}
         }
+        None
     }
 
     /// A check was answered: the VMM is not silent, though it may wait for a pager that is.
