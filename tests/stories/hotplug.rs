@@ -3,6 +3,8 @@
 use hypeman_tests::{Guest, Server, eventually, have, hypervisors, skip_unless, told_on};
 use serde_json::json;
 
+use crate::crash::cut;
+
 /// KiB of memory that the guest sees.
 async fn memory(guest: &Guest) -> u64 {
     let text = guest.output("cat /proc/meminfo").await;
@@ -107,6 +109,43 @@ async fn memory_stays_given_when_the_server_comes_back() {
     assert_eq!(asleep["state"], "Standby", "{asleep}");
     guest.restore().await;
     has_all_of_it(&guest).await;
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn memory_that_was_given_back_is_had_again_when_the_server_dies_before_the_capture() {
+    if !told_on("cloud-hypervisor") {
+        return;
+    }
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let mut server = Server::start().await;
+    let image = server.busybox().await;
+    let guest = server
+        .run(
+            &image,
+            json!({
+                "name": "cut", "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
+                "cmd": ["sleep", "infinity"],
+            }),
+        )
+        .await;
+    has_all_of_it(&guest).await;
+    for (point, path, body) in [
+        (
+            "capture.given_back",
+            guest.path("/snapshots"),
+            json!({"kind": "Standby"}),
+        ),
+        ("standby.given_back", guest.path("/standby"), json!({})),
+    ] {
+        cut(&mut server, point, async |client| {
+            client.try_post(&path, &body).await;
+        })
+        .await;
+        guest.wait_for("Running").await;
+        has_all_of_it(&guest).await;
+    }
+    assert_eq!(server.listed("/snapshots").await, Vec::<String>::new());
     guest.delete().await;
 }
 

@@ -85,8 +85,8 @@ pub struct ExecExit {
 pub enum ExecEnd {
     /// All was said.
     Ordinary,
-    /// A snapshot of the instance ended the session, and the command with it; the exit code is 127 and not the
-    /// command's. Only on hypervisors without the feature `snapshot-keeps-connections`.
+    /// A snapshot of the instance, or the rotation of its logs, ended the session, and the command with it; the exit code
+    /// is 127 and not the command's. Only on hypervisors without the feature `snapshot-keeps-connections`.
     Snapshot,
 }
 

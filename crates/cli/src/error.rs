@@ -79,9 +79,9 @@ pub enum CliError {
     /// The user interrupted.
     #[error("interrupted")]
     Interrupted,
-    /// A snapshot of the instance ended the session, and the command with it.
+    /// A snapshot of the instance, or the rotation of its logs, ended the session, and the command with it.
     #[error(
-        "ended by a snapshot of this instance: its hypervisor drops the connections to a guest whose state it writes"
+        "ended by a snapshot of this instance, or the rotation of its logs: its hypervisor drops the connections to a guest whose state it writes"
     )]
     EndedBySnapshot,
     /// `exec` failed on this side of the guest.

@@ -8,9 +8,10 @@ pub enum ChannelError {
     /// The connection is gone: the guest powered off, the VMM died, or either end closed it.
     #[error("the connection to the guest agent is closed")]
     Closed,
-    /// The connection ended because the state of the guest's machine was captured.
+    /// The connection ended because the VMM wrote the state of the guest's machine: for a snapshot, or because some can
+    /// go on with their log only so.
     #[error(
-        "ended by a snapshot of this instance: its hypervisor drops the connections to a guest whose state it writes"
+        "ended by a snapshot of this instance, or the rotation of its logs: its hypervisor drops the connections to a guest whose state it writes"
     )]
     Captured,
     /// The guest did not answer in time.

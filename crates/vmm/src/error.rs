@@ -39,7 +39,15 @@ pub enum VmmError {
         /// How long was waited.
         after: Duration,
     },
-    /// The VMM refused a command.
+    /// The connection ended before there was a whole answer: nobody knows whether the command was carried out.
+    #[error("the VMM gave no answer to {command}: {reason}")]
+    Unanswered {
+        /// Command that was sent.
+        command: String,
+        /// What became of the answer.
+        reason: String,
+    },
+    /// The VMM refused a command: its own no.
     #[error("the VMM refused {command}: {message}")]
     Refused {
         /// Command that was sent.
@@ -78,6 +86,14 @@ impl VmmError {
         }
     }
 
+    /// What the VMM answered, if it did, was lost.
+    pub(crate) fn unanswered(command: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Unanswered {
+            command: command.into(),
+            reason: reason.into(),
+        }
+    }
+
     /// The VMM said nothing for so long.
     pub(crate) fn unresponsive(command: impl Into<String>, after: Duration) -> Self {
         Self::Unresponsive {
@@ -86,10 +102,11 @@ impl VmmError {
         }
     }
 
-    /// A refusal as the reason why a machine does not start.
+    /// A refusal, or the lack of an answer, as the reason why a machine does not start.
     pub(crate) fn of_start(self) -> Self {
         match self {
             Self::Refused { message, .. } => Self::StartFailed(message),
+            Self::Unanswered { .. } => Self::StartFailed(self.to_string()),
             other => other,
         }
     }

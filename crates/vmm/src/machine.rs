@@ -84,8 +84,10 @@ pub enum RunState {
     Created,
     /// Executing.
     Running,
-    /// Stopped between two instructions.
+    /// Stopped between two instructions, until [`Machine::resume`].
     Paused,
+    /// Its guest sleeps, as it asked to, until something wakes it; [`Machine::resume`] does not.
+    Suspended,
     /// Stopped because the host has no room for what the guest writes. Goes on by itself once there is room.
     Stalled,
     /// The guest powered off and the VMM is about to exit.
@@ -366,7 +368,8 @@ pub trait Adjust: Send + Sync {
     /// Adds a disk as number `index` of the machine.
     async fn attach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
 
-    /// Takes disk number `index`, which is this one, away; the VMM no longer sees its file.
+    /// Takes disk number `index`, which is this one, away; the VMM no longer sees its file, unless the host cannot hide
+    /// it, which is logged.
     async fn detach_disk(&self, index: usize, disk: &Disk) -> Result<(), VmmError>;
 
     /// Changes the size of a disk, and of its file.

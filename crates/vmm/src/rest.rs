@@ -2,7 +2,10 @@
 //!
 //! One connection for each call: making one costs microseconds, and none can be in an odd state.
 //!
-//! Invariant: a call to a process that has ended is [`VmmError::Gone`], whatever the socket said first.
+//! Invariants:
+//! - A call to a process that has ended is [`VmmError::Gone`], whatever the socket said first.
+//! - [`VmmError::Refused`] is the VMM's own no and nothing else: an answer that did not arrive, or that nobody
+//!   understands, is [`VmmError::Unanswered`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,13 +77,12 @@ impl RestClient {
         let command = format!("{method} {path}");
         match tokio::time::timeout(deadline, self.exchange(method, path, body)).await {
             Ok(Ok((true, answer))) if answer.is_empty() => Ok(Value::Null),
-            Ok(Ok((true, answer))) => {
-                serde_json::from_slice(&answer).map_err(|error| VmmError::refused(command, error.to_string()))
-            }
+            Ok(Ok((true, answer))) => serde_json::from_slice(&answer)
+                .map_err(|error| VmmError::unanswered(command, error.to_string())),
             Ok(Ok((false, answer))) => Err(VmmError::refused(command, words(&answer))),
             Ok(Err(_)) if self.process.ends_soon().await => Err(VmmError::Gone),
             Ok(Err(Failure::Connect(source))) => Err(io_error("cannot connect to", &self.socket)(source)),
-            Ok(Err(failure)) => Err(VmmError::refused(command, failure.to_string())),
+            Ok(Err(failure)) => Err(VmmError::unanswered(command, failure.to_string())),
             Err(_) => Err(VmmError::unresponsive(command, deadline)),
         }
     }
@@ -194,6 +196,24 @@ mod tests {
         }
         assert_eq!(words(br#"["one", "two"]"#), "one: two");
         assert_eq!(words(b"plain\x1b[31m"), "plain[31m");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_breaks_off_or_makes_no_sense_is_no_refusal() {
+        for broken in [
+            "",
+            "HTTP/1.1 20",
+            "HTTP/1.1 400 \r\nContent-Length: 28\r\n\r\n{\"fault_message\": \"no",
+            "HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\n{\"a\"",
+            "HTTP/1.1 200 \r\nContent-Length: 1\r\n\r\n{",
+            "never heard of HTTP\r\n\r\n",
+        ] {
+            let (result, _) = ask(broken, CALL_DEADLINE).await;
+            assert!(
+                matches!(result, Err(VmmError::Unanswered { .. })),
+                "{broken:?}: {result:?}"
+            );
+        }
     }
 
     #[tokio::test]

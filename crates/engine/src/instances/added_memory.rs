@@ -11,10 +11,11 @@
 //!
 //! A guest is captured with the memory that it booted with and nothing else. Its workload is held still first: what gives
 //! back memory needs room for what was in there, and nobody else may take that room, nor be killed for want of it. What
-//! does not fit into `size` stays where it is: then the capture is refused, and the guest has all of its memory again.
+//! does not fit into `size` stays where it is: then the capture is refused, and the guest may have all of its memory again.
 //!
 //! Invariants:
-//! - A workload that was held still goes on only after the guest has again what it had, if it takes it.
+//! - A workload is held still for this no longer than [`PATIENCE`], and what the VMM takes to answer.
+//! - It goes on only after the VMM was told that the guest may have again what it had. The guest takes it in its own time.
 //! - Whatever is thought here of the memory of a guest, the VMM looks for itself before it gives a device state.
 
 use std::sync::Arc;
@@ -27,12 +28,12 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use crate::EngineError;
 
-/// How often a guest is looked at that takes or gives back memory. It needs some 100 ms for it.
+/// How often a guest is looked at that gives back memory. It needs some 100 ms for it.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long a guest may get no further. A kernel that could not free a block tries again only after most of a minute.
-const STANDSTILL: Duration = Duration::from_secs(5);
-/// How long it may take in all.
-const PATIENCE: Duration = Duration::from_secs(60);
+const STANDSTILL: Duration = Duration::from_secs(3);
+/// How long it may take in all: its workload stands still.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is known of the memory that may be added to a machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -71,7 +72,7 @@ impl Added {
         }
     }
 
-    /// What a guest is waited for that gets back what it had.
+    /// What it had before it was to give it back.
     fn had(self) -> u64 {
         match self {
             Self::TakenBack(bytes) => bytes,
@@ -114,12 +115,12 @@ impl Progress {
     }
 }
 
-/// Waits until nothing is left of what the guest was asked for, or it gets no further. What is left.
-async fn settled(adjust: &dyn Adjust, left: impl Fn(u64) -> u64) -> Result<u64, VmmError> {
+/// Waits until the guest has given back all, or gets no further. What is left.
+async fn given_back(adjust: &dyn Adjust) -> Result<u64, VmmError> {
     let asked = Instant::now();
     let mut progress = Progress::default();
     loop {
-        let left = left(adjust.added_memory().await?);
+        let left = adjust.added_memory().await?;
         if progress.seen(left, asked.elapsed()) != Standing::OnItsWay {
             return Ok(left);
         }
@@ -128,7 +129,8 @@ async fn settled(adjust: &dyn Adjust, left: impl Fn(u64) -> u64) -> Result<u64, 
 }
 
 impl Driver {
-    /// Gives the guest all of its memory, if that is due. What fails is tried again at the next turn.
+    /// Lets the guest have all of its memory, if that is due. It takes it when it can; nobody waits for that. What fails is
+    /// tried again at the next turn.
     pub(super) async fn give_memory(&mut self) {
         let Some(run) = &self.run else { return };
         let recorded = self.record.run.as_ref();
@@ -155,38 +157,28 @@ impl Driver {
                 .line("its machine has no memory beside what it began with: start it anew");
         }
         self.note(after);
-        let had = before.had();
-        if let Some(adjust) = machine.adjust().filter(|_| had > 0 && after == Added::Given) {
-            match settled(adjust, |added| had.saturating_sub(added)).await {
-                Ok(0) => {}
-                Ok(left) => self
-                    .log
-                    .line(&format!("the guest has not taken {left} bytes of memory again")),
-                Err(error) => tracing::warn!(instance = %self.record.id, %error, "memory not looked at"),
-            }
-        }
     }
 
-    /// Takes back what was added, for a capture. The workload is held still.
+    /// Takes back what was added, for a capture. The workload is held still. How many bytes it was.
     ///
     /// # Errors
     /// [`EngineError::MemoryInUse`] when the guest uses it. The caller lets the guest go on, with
     /// [`Driver::give_memory`].
-    pub(super) async fn take_memory_back(&mut self, machine: &Arc<dyn Machine>) -> Result<(), EngineError> {
+    pub(super) async fn take_memory_back(&mut self, machine: &Arc<dyn Machine>) -> Result<u64, EngineError> {
         let Some(added) = self.run.as_ref().map(|run| run.added) else {
-            return Ok(());
+            return Ok(0);
         };
         let Some(adjust) = machine.adjust() else {
-            return Ok(());
+            return Ok(0);
         };
         if self.record.hotplug_bytes == 0 || added == Added::Missing {
-            return Ok(());
+            return Ok(0);
         }
         let had = adjust.added_memory().await?;
         self.note(Added::TakenBack(had));
         adjust.set_memory(self.record.memory_bytes).await?;
-        match settled(adjust, |added| added).await? {
-            0 => Ok(()),
+        match given_back(adjust).await? {
+            0 => Ok(had),
             bytes => Err(EngineError::MemoryInUse { bytes }),
         }
     }
@@ -248,9 +240,14 @@ mod tests {
             message: "no".into(),
         };
         let refused = Err(refused);
+        let unanswered = Err(VmmError::Unanswered {
+            command: "x".into(),
+            reason: "the connection ended".into(),
+        });
         for nothing_known in [Added::Withheld, Added::TakenBack(0)] {
             assert_eq!(nothing_known.after(&refused), Some(Added::Missing));
             assert_eq!(nothing_known.after(&Err(VmmError::Gone)), None);
+            assert_eq!(nothing_known.after(&unanswered), None, "it may have been given");
         }
         assert_eq!(Added::TakenBack(SOME).after(&refused), None, "it was there");
         assert_eq!(Added::TakenBack(SOME).after(&Ok(())), Some(Added::Given));
@@ -259,14 +256,14 @@ mod tests {
     #[test]
     fn a_guest_that_gets_on_is_waited_for() {
         let mut progress = Progress::default();
-        for second in 0..50 {
+        for second in 0..10 {
             let left = SOME - second;
             assert_eq!(
                 progress.seen(left, Duration::from_secs(second)),
                 Standing::OnItsWay
             );
         }
-        assert_eq!(progress.seen(0, Duration::from_secs(50)), Standing::Done);
+        assert_eq!(progress.seen(0, Duration::from_secs(10)), Standing::Done);
     }
 
     #[test]
@@ -274,12 +271,12 @@ mod tests {
         let mut progress = Progress::default();
         assert_eq!(progress.seen(SOME, Duration::ZERO), Standing::OnItsWay);
         assert_eq!(
-            progress.seen(SOME / 2, Duration::from_secs(4)),
+            progress.seen(SOME / 2, Duration::from_secs(2)),
             Standing::OnItsWay
         );
         // What it takes again is no progress.
-        assert_eq!(progress.seen(SOME, Duration::from_secs(8)), Standing::OnItsWay);
-        assert_eq!(progress.seen(SOME / 2, Duration::from_secs(9)), Standing::Stuck);
+        assert_eq!(progress.seen(SOME, Duration::from_secs(4)), Standing::OnItsWay);
+        assert_eq!(progress.seen(SOME / 2, Duration::from_secs(5)), Standing::Stuck);
     }
 
     proptest! {

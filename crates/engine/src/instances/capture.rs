@@ -1,15 +1,17 @@
 //! Taking a snapshot's parts from an instance, whatever its state, without changing it.
 //!
 //! ```text
-//!  Running:  journal ─► hold, pause ─► devices, changed pages into RAM, disk copy begun ─► resume, let go
-//!                       └──────── the guest stands still ────────────┘                       │
-//!                    memory image, disk, manifest, while it runs again ─► journal cleared  ◄─┘
+//!  Running:  journal ─► hold, added memory back
+//!                         └─► pause ─► devices, changed pages into RAM, disk copy begun ─► resume, let go
+//!                             └──────────── the guest stands still ─────────────────┘         │
+//!                     memory image, disk, manifest, while it runs again ─► journal cleared  ◄─┘
 //!  Standby:  the memory image is shared, device state linked, disk copied
 //!  Stopped:  disk copied
 //! ```
 //!
 //! Invariants:
-//! - Whatever fails, the source goes on as before: a paused machine is always resumed.
+//! - Whatever fails, the source goes on as before: a paused machine is always resumed, later if not at once (see
+//!   [`super::stranded`]).
 //! - Memory, devices and disk belong to one instant: nothing runs between the first and the last of them.
 //! - What is made here counts only once a row names it; a directory without one is swept at the next start.
 
@@ -126,8 +128,16 @@ impl Driver {
         let held = self.note_cut(&machine, held);
         let resumed = machine.resume().await;
         faults::point("capture.resumed");
-        self.give_memory().await;
-        self.let_go(held).await;
+        match &resumed {
+            Ok(()) => {
+                self.give_memory().await;
+                self.let_go(held).await;
+            }
+            Err(error) => {
+                tracing::error!(instance = %self.record.id, %error, "not resumed");
+                self.leave_still(held);
+            }
+        }
         let pause = began.elapsed();
         faults::point("capture.let_go");
         let finished = match (still, resumed) {
@@ -174,6 +184,56 @@ impl Driver {
             Some(machine.prepare_disk_copies(&copies).await?)
         };
         Ok(Prepared { memory, room, disk })
+    }
+
+    /// Takes back what memory was added, stops the guest and takes what must belong to one instant. The caller lets it go
+    /// on, whatever comes of it.
+    async fn take(
+        &mut self,
+        machine: &Arc<dyn Machine>,
+        prepared: Prepared,
+        overlay: &Path,
+        target: &Path,
+    ) -> Result<Still, EngineError> {
+        let Prepared {
+            memory,
+            mut room,
+            mut disk,
+        } = prepared;
+        if self.take_memory_back(machine).await? > 0 {
+            // What the guest had in there is now in memory that is copied, and had no room yet.
+            let measured = memory.clone();
+            let widen = move || measured.widen_room(&mut room).map(|()| room);
+            room = blocking_io("make room for guest memory", widen).await?;
+        }
+        faults::point("capture.given_back");
+        machine.pause().await?;
+        faults::point("capture.paused");
+        let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+        // Settled as late as memory is looked at: what has written to it meanwhile had pages brought.
+        let copied = async {
+            let served = self.shared.paging.settle(name).await?;
+            blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served)).await
+        };
+        let begun = async {
+            match disk.as_mut() {
+                Some(copies) => Ok(copies.begin().await?),
+                None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
+            }
+        };
+        let rest = async { tokio::join!(copied, begun) };
+        let (devices, (memory, begun)) = if machine.rests_while_saving() {
+            tokio::join!(machine.save_devices(), rest)
+        } else {
+            (machine.save_devices().await, rest.await)
+        };
+        faults::point("capture.taken");
+        begun?;
+        Ok(Still {
+            devices: devices?,
+            memory: memory?,
+            disk,
+        })
     }
 
     /// Makes what was taken durable, beside the guest that runs again.
@@ -340,51 +400,5 @@ impl Driver {
 fn remove(directory: &Path) {
     if let Err(error) = crate::durable::remove_tree(directory) {
         tracing::warn!(directory = %directory.display(), %error, "left for the next start");
-    }
-}
-
-impl Driver {
-    /// Takes back what memory was added, stops the guest and takes what must belong to one instant. The caller lets it go
-    /// on, whatever comes of it.
-    async fn take(
-        &mut self,
-        machine: &Arc<dyn Machine>,
-        prepared: Prepared,
-        overlay: &Path,
-        target: &Path,
-    ) -> Result<Still, EngineError> {
-        let Prepared {
-            memory,
-            room,
-            mut disk,
-        } = prepared;
-        self.take_memory_back(machine).await?;
-        machine.pause().await?;
-        faults::point("capture.paused");
-        let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        // Settled as late as memory is looked at: what has written to it meanwhile had pages brought.
-        let copied = async {
-            let served = self.shared.paging.settle(name).await?;
-            blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served)).await
-        };
-        let begun = async {
-            match disk.as_mut() {
-                Some(copies) => Ok(copies.begin().await?),
-                None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
-            }
-        };
-        let rest = async { tokio::join!(copied, begun) };
-        let (devices, (memory, begun)) = if machine.rests_while_saving() {
-            tokio::join!(machine.save_devices(), rest)
-        } else {
-            (machine.save_devices().await, rest.await)
-        };
-        faults::point("capture.taken");
-        begun?;
-        Ok(Still {
-            devices: devices?,
-            memory: memory?,
-            disk,
-        })
     }
 }

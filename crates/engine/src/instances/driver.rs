@@ -174,7 +174,11 @@ impl Driver {
                 }
                 Wake::Link(event) => self.on_link(event).await,
                 Wake::MachineGone => self.finish_run(None).await,
-                Wake::Check => self.check_machine().await,
+                Wake::Check => {
+                    if let Some(seen) = self.check_machine().await {
+                        self.free_stranded(seen).await;
+                    }
+                }
                 Wake::SaveAgain => self.save().await,
                 Wake::Expired => {
                     self.log.line("time to live is over: deleting");

@@ -24,6 +24,7 @@ mod silence;
 mod stall;
 mod standby;
 mod stillness;
+mod stranded;
 mod table;
 
 pub(crate) use create::{check_hypervisor, check_size, create};

@@ -7,12 +7,11 @@ use std::time::Duration;
 
 use hypeman_core::instance::{Lifecycle, Observation};
 use hypeman_guest_api::{ExitReason, GuestEvent};
-use hypeman_vmm::VmmError;
+use hypeman_vmm::{RunState, VmmError};
 
 use super::boot::kill;
 use super::driver::{Driver, Wake, next_of_run};
 use super::link::LinkEvent;
-use super::silence::Silence;
 use super::stall::Stall;
 
 /// How long a guest that reported the end of its program may take to power off.
@@ -125,45 +124,54 @@ impl Driver {
             match tokio::time::timeout_at(deadline, next_of_run(self.run.as_mut())).await {
                 Ok(Wake::Link(event)) => self.on_link(event).await,
                 Ok(Wake::MachineGone) => self.finish_run(None).await,
-                Ok(_) => self.check_machine().await,
+                Ok(_) => {
+                    self.check_machine().await;
+                }
                 Err(_) => return,
             }
         }
     }
 
-    /// Asks the VMM for a sign of life.
-    pub(super) async fn check_machine(&mut self) {
-        let Some(run) = &self.run else { return };
-        let answer = run.machine.run_state(VMM_CHECK_DEADLINE).await;
-        let silent_vmm =
-            matches!(&self.lifecycle, Lifecycle::Unknown { reason, .. } if reason.starts_with("the VMM"));
-        match answer {
+    /// Asks the VMM for a sign of life. What it says of its machine, where it does.
+    pub(super) async fn check_machine(&mut self) -> Option<RunState> {
+        let run = self.run.as_ref()?;
+        let check = run.machine.run_state(VMM_CHECK_DEADLINE).await;
+        self.silence = self.silence.after(&check);
+        match check {
             Ok(state) => {
-                self.silence = Silence::default();
                 self.note_stall(self.stall.seen(state));
-                let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-                if served.is_some_and(|name| self.shared.paging.is_silent(name)) {
-                    self.observe(&Observation::Unresponsive {
-                        reason: "the VMM waits for memory: the pager that serves it does not answer"
-                            .to_owned(),
-                    });
-                } else if silent_vmm {
-                    self.observe(&Observation::Responsive);
-                }
+                self.note_answer();
+                return Some(state);
             }
+            // Who says no lives.
+            Err(VmmError::Refused { .. }) => self.note_answer(),
             Err(error @ VmmError::Unresponsive { .. }) => self.note_silence(error.to_string()),
-            // It lives, and nobody listens at its socket.
-            Err(error @ VmmError::Io { .. }) => {
+            // It lives, and nobody listens at its socket, or who does gives no answer.
+            Err(error @ (VmmError::Io { .. } | VmmError::Unanswered { .. })) => {
                 self.note_silence(format!("the VMM cannot be asked: {error}"));
             }
             // Its end is reported by the process itself.
             Err(_) => {}
         }
+        None
+    }
+
+    /// A check was answered: the VMM is not silent, though it may wait for a pager that is.
+    fn note_answer(&mut self) {
+        let silent_vmm =
+            matches!(&self.lifecycle, Lifecycle::Unknown { reason, .. } if reason.starts_with("the VMM"));
+        let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+        if served.is_some_and(|name| self.shared.paging.is_silent(name)) {
+            self.observe(&Observation::Unresponsive {
+                reason: "the VMM waits for memory: the pager that serves it does not answer".to_owned(),
+            });
+        } else if silent_vmm {
+            self.observe(&Observation::Responsive);
+        }
     }
 
     /// A check was not answered: the second one in a row is told.
     fn note_silence(&mut self, reason: String) {
-        self.silence = self.silence.missed();
         if self.silence.is_told() {
             self.stall = Stall::No;
             self.observe(&Observation::Unresponsive { reason });

@@ -3,6 +3,9 @@
 //! Nothing is copied and nothing truncated, so no line can be lost or doubled: the VMM writes to the old file
 //! until it has opened the new one. A VMM that could not be told is told at the next turn.
 //!
+//! A machine that must stand still for it may lose the connections to its guest, as it does when it is captured. Whoever
+//! uses them is told why, and they are made anew at once.
+//!
 //! Turns come at the configured interval, and at once for a running machine whose log is seen to be too large: a
 //! guest that floods must not fill the disk until its turn.
 
@@ -67,6 +70,7 @@ impl Driver {
             if let Err(error) = told {
                 tracing::warn!(instance = %self.record.id, %error, "log not continued in a new file yet");
             }
+            self.mend_connections("when it turned to a new log").await;
         }
     }
 }

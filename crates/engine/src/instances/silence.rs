@@ -8,7 +8,9 @@
 //! ```
 //!
 //! On a host that is short of processors a VMM that is well may let a check pass. A second one in a row proves more, and
-//! is told; one answer clears it.
+//! is told; one answer clears it, also one that is a no.
+
+use hypeman_vmm::VmmError;
 
 /// What the checks of a VMM have shown so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -23,8 +25,19 @@ pub(super) enum Silence {
 }
 
 impl Silence {
-    /// After a check without an answer.
-    pub(super) fn missed(self) -> Self {
+    /// After a check that came to this.
+    pub(super) fn after<T>(self, check: &Result<T, VmmError>) -> Self {
+        match check {
+            Ok(_) | Err(VmmError::Refused { .. }) => Self::Answers,
+            Err(VmmError::Unresponsive { .. } | VmmError::Unanswered { .. } | VmmError::Io { .. }) => {
+                self.missed()
+            }
+            // Its end is told by the process itself.
+            Err(_) => self,
+        }
+    }
+
+    fn missed(self) -> Self {
         match self {
             Self::Answers => Self::Missed,
             Self::Missed | Self::Silent => Self::Silent,
@@ -39,17 +52,51 @@ impl Silence {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    /// What is told after each check of which `true` was answered.
+    type Check = Result<(), VmmError>;
+
+    /// What is told after each check of which `true` was answered, whatever the answer, and whatever was missed.
     fn told(checks: &[bool]) -> Vec<bool> {
+        let answers: [fn() -> Check; 2] = [
+            || Ok(()),
+            || {
+                Err(VmmError::Refused {
+                    command: "vm.info".into(),
+                    message: "no".into(),
+                })
+            },
+        ];
+        let misses: [fn() -> Check; 3] = [
+            || {
+                Err(VmmError::Unresponsive {
+                    command: "vm.info".into(),
+                    after: Duration::from_millis(800),
+                })
+            },
+            || {
+                Err(VmmError::Unanswered {
+                    command: "vm.info".into(),
+                    reason: "the connection ended".into(),
+                })
+            },
+            || {
+                Err(VmmError::Io {
+                    context: "cannot connect".into(),
+                    source: std::io::ErrorKind::ConnectionRefused.into(),
+                })
+            },
+        ];
         let mut silence = Silence::default();
         let mut told = Vec::new();
-        for answered in checks {
-            silence = match answered {
-                true => Silence::default(),
-                false => silence.missed(),
+        for (at, &answered) in checks.iter().enumerate() {
+            let check = match answered {
+                true => answers[at % answers.len()](),
+                false => misses[at % misses.len()](),
             };
+            silence = silence.after(&check);
             told.push(silence.is_told());
         }
         told
@@ -58,6 +105,13 @@ mod tests {
     #[test]
     fn one_missed_check_is_no_news_and_the_second_in_a_row_is() {
         assert_eq!(told(&[true, false, false, false]), [false, false, true, true]);
+    }
+
+    #[test]
+    fn the_end_of_the_process_is_neither_an_answer_nor_a_miss() {
+        for silence in [Silence::Answers, Silence::Missed, Silence::Silent] {
+            assert_eq!(silence.after::<()>(&Err(VmmError::Gone)), silence);
+        }
     }
 
     #[test]

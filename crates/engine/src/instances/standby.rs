@@ -104,6 +104,7 @@ impl Driver {
     ) -> Result<(InstanceRecord, Hold), EngineError> {
         let identity = self.state_identity(machine).await?;
         self.take_memory_back(machine).await?;
+        faults::point("standby.given_back");
         machine.pause().await?;
         self.observe(&Observation::Paused);
         faults::point("standby.paused");

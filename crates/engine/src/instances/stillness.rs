@@ -127,6 +127,18 @@ impl Driver {
         }
     }
 
+    /// Connects anew to a guest whose connections its VMM has ended beside a capture, and tells who used them why. `what`
+    /// it did that for, for people.
+    pub(super) async fn mend_connections(&mut self, what: &str) {
+        let run = self.run.as_ref();
+        if run.is_some_and(|run| run.machine.connections_have_ended()) {
+            self.log.line(&format!(
+                "its hypervisor ended the connections to the guest {what}"
+            ));
+            self.reach_anew().await;
+        }
+    }
+
     /// Connects to a guest whose connections have ended, which is no news of the guest: it is thawed by the new one.
     async fn reach_anew(&mut self) {
         // Its sessions would wait for a guest that has forgotten them.

@@ -365,7 +365,7 @@ impl GuestClient {
         done(self.connection.ask(&Request::Ping, deadline).await?)
     }
 
-    /// Notes that the connection has ended, or is about to, because the state of the guest's machine was captured: its
+    /// Notes that the connection has ended, or is about to, because the state of the guest's machine was written: its
     /// sessions end with [`ChannelError::Captured`].
     pub fn note_captured(&self) {
         self.connection.captured.store(true, Ordering::Release);

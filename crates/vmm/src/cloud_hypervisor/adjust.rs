@@ -87,7 +87,7 @@ impl Adjust for CloudHypervisorMachine {
             .control()
             .order("vm.add-disk", Some(&description), CALL_DEADLINE)
             .await;
-        // Not of an answer that is missing: it may have the disk.
+        // Only where it said no: after an answer that is missing it may have the disk.
         if matches!(added, Err(VmmError::Refused { .. }))
             && let Err(error) = self.hide(disk).await
         {
@@ -102,7 +102,10 @@ impl Adjust for CloudHypervisorMachine {
             .order("vm.remove-device", Some(&which), CALL_DEADLINE)
             .await?;
         // It keeps the file open until its guest has let go of the disk, and never finds it again.
-        self.hide(disk).await
+        if let Err(error) = self.hide(disk).await {
+            tracing::warn!(%error, "a VMM still sees a disk that was taken from it");
+        }
+        Ok(())
     }
 
     async fn resize_disk(&self, index: usize, bytes: u64) -> Result<(), VmmError> {

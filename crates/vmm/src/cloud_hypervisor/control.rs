@@ -110,14 +110,16 @@ impl Control {
         outcome
     }
 
-    /// It refuses to be brought where it is.
+    /// It refuses to be brought where it is, and where its answer was lost it may be there.
     async fn bring(&self, order: &str, wanted: RunState) -> Result<(), VmmError> {
         match self.order(order, None, PAUSE_DEADLINE).await {
-            Err(VmmError::Refused { command, message }) => match self.run_state(CALL_DEADLINE).await {
-                Ok(state) if state == wanted => Ok(()),
-                Err(VmmError::Gone) => Err(VmmError::Gone),
-                _ => Err(VmmError::Refused { command, message }),
-            },
+            Err(error @ (VmmError::Refused { .. } | VmmError::Unanswered { .. })) => {
+                match self.run_state(CALL_DEADLINE).await {
+                    Ok(state) if state == wanted => Ok(()),
+                    Err(VmmError::Gone) => Err(VmmError::Gone),
+                    _ => Err(error),
+                }
+            }
             outcome => outcome.map(drop),
         }
     }

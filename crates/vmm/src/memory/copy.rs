@@ -14,7 +14,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate};
 
 use super::{GuestMemory, gone};
 use crate::process::ProcessHandle;
-use crate::ranges::{PIECE, each_piece, without};
+use crate::ranges::{PIECE, each_piece, union, without};
 
 const PAGE: usize = 4096;
 
@@ -74,9 +74,10 @@ impl CopyRoom {
         })
     }
 
-    /// Takes pages for these ranges from the kernel.
-    pub(super) fn reserve(&mut self, ranges: Vec<Range<u64>>) -> io::Result<()> {
-        for range in &ranges {
+    /// Takes pages for these ranges from the kernel, beside those that it took before.
+    pub(super) fn reserve(&mut self, ranges: &[Range<u64>]) -> io::Result<()> {
+        let more = without(ranges, &self.reserved);
+        for range in &more {
             fallocate(
                 &self.file,
                 FallocateFlags::empty(),
@@ -84,7 +85,7 @@ impl CopyRoom {
                 range.end - range.start,
             )?;
         }
-        self.reserved = ranges;
+        self.reserved = union(std::mem::take(&mut self.reserved), more);
         Ok(())
     }
 
@@ -122,5 +123,25 @@ impl CopyRoom {
         }
         self.file
             .write_all_at(&bytes[run.clone()], start + run.start as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn room_grows_by_what_it_does_not_have_yet() {
+        let mut room = CopyRoom::empty(8 * MIB).unwrap();
+        room.reserve(&[MIB..2 * MIB, 4 * MIB..5 * MIB]).unwrap();
+        room.reserve(&[0..MIB, 4 * MIB..6 * MIB]).unwrap();
+        let total: u64 = room.reserved.iter().map(|range| range.end - range.start).sum();
+        assert_eq!(total, 4 * MIB);
+        assert!(without(&[0..2 * MIB, 4 * MIB..6 * MIB], &room.reserved).is_empty());
+        assert!(room.file.metadata().unwrap().blocks() * 512 >= 4 * MIB);
     }
 }

@@ -239,8 +239,13 @@ impl GuestMemory {
     /// of the copy; ranges that are populated only later are copied all the same.
     pub fn room_for_copy(&self) -> io::Result<CopyRoom> {
         let mut room = CopyRoom::empty(self.len())?;
-        room.reserve(self.populated()?)?;
+        self.widen_room(&mut room)?;
         Ok(room)
+    }
+
+    /// Adds room for what was populated since the room was made.
+    pub fn widen_room(&self, room: &mut CopyRoom) -> io::Result<()> {
+        room.reserve(&self.populated()?)
     }
 
     /// As [`GuestMemory::copy_to_memfd`], into room that was made before.

@@ -6,6 +6,10 @@
 //!
 //! Firecracker and Cloud Hypervisor give each of their threads a filter of its own when that begins its work, after it was
 //! made; other threads of theirs, such as those that the kernel makes for them, tell nothing. QEMU filters all at once.
+//! Threads that the kernel makes for a process run nothing of it; they are known by flags that no process can give itself.
+//!
+//! This sees that a VMM was started as it should be. It is no proof against a VMM that was taken over before the look: its
+//! threads call themselves what they like.
 
 use std::fs;
 use std::io;
@@ -27,6 +31,8 @@ struct Thread {
     name: String,
     /// The one that the process began with. It is called as its program's file.
     is_first: bool,
+    /// The kernel made it for the process, and runs it itself.
+    is_kernels: bool,
     /// `None` where the kernel does not tell.
     filters: Option<u32>,
 }
@@ -95,10 +101,15 @@ fn threads(pid: u32) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task"))? {
         // One that has ended meanwhile.
-        let Ok(status) = fs::read_to_string(entry?.path().join("status")) else {
+        let directory = entry?.path();
+        let Ok(status) = fs::read_to_string(directory.join("status")) else {
             continue;
         };
-        threads.extend(parse(&status));
+        let stat = fs::read_to_string(directory.join("stat")).unwrap_or_default();
+        threads.extend(parse(&status).map(|thread| Thread {
+            is_kernels: is_kernels(&stat),
+            ..thread
+        }));
     }
     Ok(threads)
 }
@@ -112,6 +123,7 @@ fn parse(status: &str) -> Option<Thread> {
     Some(Thread {
         name: value("Name:")?.to_owned(),
         is_first: value("Tgid:")? == value("Pid:")?,
+        is_kernels: false,
         filters: value("Seccomp_filters:").and_then(|count| count.parse().ok()),
     })
 }
@@ -161,11 +173,17 @@ fn required(kind: VmmKind) -> &'static [Role] {
     }
 }
 
-/// Threads that the kernel makes for a process.
-fn is_kernels(name: &str) -> bool {
-    ["vhost-", "kvm-", "iou-"]
-        .iter()
-        .any(|prefix| name.starts_with(prefix))
+/// Flags of `include/linux/sched.h` that only the kernel sets: `PF_IO_WORKER`, `PF_USER_WORKER` (of vhost and KVM, since
+/// Linux 6.4) and `PF_KTHREAD`.
+const KERNELS: u32 = 0x0000_0010 | 0x0000_4000 | 0x0020_0000;
+
+/// Whether a `stat` is that of a thread that the kernel made: its ninth field has the flags, as proc(5) says. The second one
+/// is the name in parentheses, which may have some of its own.
+fn is_kernels(stat: &str) -> bool {
+    let flags = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(6)?.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & KERNELS != 0)
 }
 
 /// Why not all threads that must be are filtered by the VMM itself.
@@ -176,7 +194,7 @@ fn missing(kind: VmmKind, threads: &[Thread], started_with: u32) -> Option<Strin
         return Some(format!("its thread {:?} is not there", absent.name()));
     }
     let mut concerned = threads.iter().filter(|thread| match roles {
-        [] => !is_kernels(&thread.name),
+        [] => !thread.is_kernels,
         roles => roles.iter().any(|role| role.is_of(thread)),
     });
     if threads.is_empty() {
@@ -200,6 +218,7 @@ mod tests {
         let thread = |(at, (name, filters)): (usize, &(&str, u32))| Thread {
             name: (*name).to_owned(),
             is_first: at == 0,
+            is_kernels: false,
             filters: Some(*filters),
         };
         list.iter().enumerate().map(thread).collect()
@@ -211,6 +230,7 @@ mod tests {
         let expected = Thread {
             name: "fc_vcpu 0".to_owned(),
             is_first: false,
+            is_kernels: false,
             filters: Some(3),
         };
         let status = format!("Name:\tfc_vcpu 0\n{ids}Seccomp:\t2\nSeccomp_filters:\t3\n");
@@ -218,6 +238,20 @@ mod tests {
         let older = parse("Name:\tfirecracker\nTgid:\t70\nPid:\t70\nSeccomp:\t2\n").unwrap();
         assert_eq!((older.is_first, older.filters), (true, None));
         assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn a_thread_of_the_kernel_is_known_by_its_flags_and_not_by_its_name() {
+        let stat =
+            |name: &str, flags: u32| format!("72 ({name}) S 1 70 70 0 -1 {flags} 0 0 0 0 0 0 0 0 20 0 3 0 9");
+        for flags in [0x0000_0010, 0x0000_4050, 0x0020_8040] {
+            assert!(is_kernels(&stat("vhost-70", flags)), "{flags:#x}");
+            assert!(is_kernels(&stat("a) S 1 1 1 0 -1 0 (b", flags)), "{flags:#x}");
+        }
+        for name in ["vhost-70", "iou-wrk-70", "x) S 1 1 1 0 -1 2097152 (y"] {
+            assert!(!is_kernels(&stat(name, 0x0040_0140)), "{name}");
+        }
+        assert!(!is_kernels("") && !is_kernels("72 (x) S 1"));
     }
 
     #[test]
@@ -264,10 +298,14 @@ mod tests {
     #[test]
     fn all_of_a_qemu_is_filtered_or_none_of_it_is() {
         let qemu = |list: &[(&str, u32)]| missing(VmmKind::Qemu, &threads_of(list), 1);
-        assert_eq!(
-            qemu(&[("qemu-system-x86", 2), ("CPU 0/KVM", 2), ("vhost-7", 1)]),
-            None
+        let whole = [("qemu-system-x86", 2), ("CPU 0/KVM", 2), ("vhost-7", 1)];
+        assert!(
+            qemu(&whole).unwrap().contains("vhost-7"),
+            "a name makes no thread the kernel's"
         );
+        let mut threads = threads_of(&whole);
+        threads[2].is_kernels = true;
+        assert_eq!(missing(VmmKind::Qemu, &threads, 1), None);
         assert!(qemu(&[("qemu-system-x86", 1)]).is_some());
         assert!(
             qemu(&[("qemu-system-x86", 2), ("CPU 0/KVM", 1)])
@@ -282,6 +320,7 @@ mod tests {
         let thread = Thread {
             name: "qemu-system-x86".to_owned(),
             is_first: true,
+            is_kernels: false,
             filters: None,
         };
         assert!(missing(VmmKind::Qemu, &[thread], 0).unwrap().contains("5.9"));

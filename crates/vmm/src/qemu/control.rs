@@ -251,7 +251,7 @@ impl Control {
             QmpError::Timeout => VmmError::unresponsive(command, deadline),
             QmpError::Refused(message) => VmmError::refused(command, message),
             QmpError::Closed(_) | QmpError::Connect(_) if self.process.ends_soon().await => VmmError::Gone,
-            QmpError::Closed(message) => VmmError::refused(command, message),
+            QmpError::Closed(message) => VmmError::unanswered(command, message),
             QmpError::Connect(source) => io_error("cannot connect to", &self.socket)(source),
         }
     }

@@ -139,6 +139,7 @@ impl Machine for QemuMachine {
             "running" => Ok(RunState::Running),
             "shutdown" | "guest-panicked" => Ok(RunState::Shutdown),
             "io-error" => Ok(RunState::Stalled),
+            "suspended" => Ok(RunState::Suspended),
             "internal-error" => Err(VmmError::refused(
                 "query-status",
                 "the host's virtualisation cannot go on with this guest",
