@@ -15,7 +15,8 @@
 //!
 //! Invariants:
 //! - A workload is held still for this no longer than [`PATIENCE`], and what the VMM takes to answer.
-//! - It goes on only after the VMM was told that the guest may have again what it had. The guest takes it in its own time.
+//! - It goes on only after the VMM was told that the guest may have again what it had, and [`HEAD_START`] later at the
+//!   latest: a guest that takes it more slowly does so beside its workload.
 //! - Whatever is thought here of the memory of a guest, the VMM looks for itself before it gives a device state.
 
 use std::sync::Arc;
@@ -34,6 +35,8 @@ const LOOK: Duration = Duration::from_millis(10);
 const STANDSTILL: Duration = Duration::from_secs(3);
 /// How long it may take in all: its workload stands still.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a guest that gets back what it had may take it before its workload goes on. It needs some 100 ms.
+const HEAD_START: Duration = Duration::from_secs(1);
 
 /// What is known of the memory that may be added to a machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -129,8 +132,8 @@ async fn given_back(adjust: &dyn Adjust) -> Result<u64, VmmError> {
 }
 
 impl Driver {
-    /// Lets the guest have all of its memory, if that is due. It takes it when it can; nobody waits for that. What fails is
-    /// tried again at the next turn.
+    /// Lets the guest have all of its memory, if that is due. It takes it when it can; only one that had it before has a
+    /// head start before its workload. What fails is tried again at the next turn.
     pub(super) async fn give_memory(&mut self) {
         let Some(run) = &self.run else { return };
         let recorded = self.record.run.as_ref();
@@ -157,6 +160,16 @@ impl Driver {
                 .line("its machine has no memory beside what it began with: start it anew");
         }
         self.note(after);
+        let had = before.had();
+        if let Some(adjust) = machine.adjust().filter(|_| had > 0 && after == Added::Given) {
+            let taken = async {
+                while adjust.added_memory().await.is_ok_and(|added| added < had) {
+                    tokio::time::sleep(LOOK).await;
+                }
+            };
+            // One that is slower takes it beside its workload.
+            let _ = tokio::time::timeout(HEAD_START, taken).await;
+        }
     }
 
     /// Takes back what was added, for a capture. The workload is held still. How many bytes it was.
