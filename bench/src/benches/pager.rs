@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use hypeman_pager::memory::{WatchedMemory, probe};
-use hypeman_pager::{MachineState, Pager, PagerOptions, Registration};
+use hypeman_pager::{MachineState, Pager, PagerError, PagerOptions, Registration};
 use hypeman_snapshots::{
     CHUNK_BYTES, Codec, Elsewhere, MemoryId, MemorySource, MemoryStore, Options, PAGE_BYTES,
 };
@@ -132,7 +132,11 @@ impl Bench {
         self.runtime.block_on(async {
             let client = pager.ensure().await.map_err(failed)?;
             for machine in client.machines() {
-                client.forget(&machine).await.map_err(failed)?;
+                match client.forget(&machine).await {
+                    // Its end was noticed before.
+                    Ok(()) | Err(PagerError::Refused(_)) => {}
+                    Err(error) => return Err(failed(error)),
+                }
             }
             client.drain().await.map_err(failed)?;
             client.gone().await;
