@@ -82,8 +82,10 @@ impl Server {
         if context.trusts_kvm() {
             environment.push(("HYPERVISOR__TRUST_KVM".to_owned(), "true".to_owned()));
         }
-        if context.serves_pages() {
-            environment.push(("HYPERVISOR__FIRECRACKER__PAGER".to_owned(), "auto".to_owned()));
+        // Whoever names a mode compares with it.
+        let mode = "HYPERVISOR__FIRECRACKER__PAGER";
+        if context.serves_pages() && std::env::var_os(mode).is_none() {
+            environment.push((mode.to_owned(), "auto".to_owned()));
         }
         let mut server = Self::launch(context.hypeman.clone(), data, environment)?;
         server.hypervisor.clone_from(&context.hypervisor);
