@@ -1,8 +1,11 @@
 //! The server dies at each step of what is done with memory, and no guest, snapshot or byte is lost or doubled.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use hypeman_tests::{Client, Clock, Guest, Server, Snapshot, any_hypervisor, eventually, have, skip_unless};
+use hypeman_tests::{
+    Client, Clock, Guest, Reply, Server, Snapshot, any_hypervisor, eventually, have, skip_unless,
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -34,9 +37,12 @@ async fn goes_on(server: &Server, guest: &Guest, after: u64, point: &str) -> u64
     now
 }
 
-/// Asks for something that the server's death may cut.
-async fn post(client: Client, path: String, body: Value) {
-    client.try_post(&path, &body).await;
+/// Asks for something that the server's death may cut. A guest that it has just taken back may not be up yet.
+pub(crate) async fn post(client: Client, path: String, body: Value) {
+    let refused = |reply: Option<Reply>| reply.is_some_and(|reply| reply.status == 409);
+    while refused(client.try_post(&path, &body).await) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Asks for the end of a snapshot, which the server's death may cut.

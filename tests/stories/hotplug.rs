@@ -4,6 +4,7 @@ use hypeman_tests::{Guest, Server, eventually, have, hypervisors, skip_unless, t
 use serde_json::json;
 
 use crate::crash::cut;
+use crate::crash_snapshots::post;
 
 /// KiB of memory that the guest sees.
 async fn memory(guest: &Guest) -> u64 {
@@ -21,24 +22,28 @@ async fn has_all_of_it(guest: &Guest) {
     .await;
 }
 
-#[tokio::test]
-async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again() {
+/// A guest that has 512 MB beside the 256 with which it booted. `None` where there is no Cloud Hypervisor.
+async fn with_more(name: &str) -> Option<(Server, Guest)> {
     if !told_on("cloud-hypervisor") {
-        return;
+        return None;
     }
-    skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;
     let image = server.busybox().await;
-    let guest = server
-        .run(
-            &image,
-            json!({
-                "name": "origin", "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
-                "cmd": ["sleep", "infinity"],
-            }),
-        )
-        .await;
+    let asked = json!({
+        "name": name, "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
+        "cmd": ["sleep", "infinity"],
+    });
+    let guest = server.run(&image, asked).await;
     has_all_of_it(&guest).await;
+    Some((server, guest))
+}
+
+#[tokio::test]
+async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let Some((server, guest)) = with_more("origin").await else {
+        return;
+    };
     let fill = "mkdir /ballast && mount -t tmpfs -o size=600m none /ballast \
                 && head -c 65536 /dev/urandom > /ballast/kept && md5sum /ballast/kept";
     let sum = guest.output(fill).await;
@@ -85,22 +90,10 @@ async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again(
 
 #[tokio::test]
 async fn memory_stays_given_when_the_server_comes_back() {
-    if !told_on("cloud-hypervisor") {
-        return;
-    }
     skip_unless!(have("busybox"), "needs busybox-static");
-    let mut server = Server::start().await;
-    let image = server.busybox().await;
-    let guest = server
-        .run(
-            &image,
-            json!({
-                "name": "kept", "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
-                "cmd": ["sleep", "infinity"],
-            }),
-        )
-        .await;
-    has_all_of_it(&guest).await;
+    let Some((mut server, guest)) = with_more("kept").await else {
+        return;
+    };
     server.kill();
     server.start_again().await;
     let guest = server.guest(&guest.id);
@@ -115,22 +108,10 @@ async fn memory_stays_given_when_the_server_comes_back() {
 
 #[tokio::test]
 async fn memory_that_was_given_back_is_had_again_when_the_server_dies_before_the_capture() {
-    if !told_on("cloud-hypervisor") {
-        return;
-    }
     skip_unless!(have("busybox"), "needs busybox-static");
-    let mut server = Server::start().await;
-    let image = server.busybox().await;
-    let guest = server
-        .run(
-            &image,
-            json!({
-                "name": "cut", "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "512MB",
-                "cmd": ["sleep", "infinity"],
-            }),
-        )
-        .await;
-    has_all_of_it(&guest).await;
+    let Some((mut server, guest)) = with_more("cut").await else {
+        return;
+    };
     for (point, path, body) in [
         (
             "capture.given_back",
@@ -139,10 +120,7 @@ async fn memory_that_was_given_back_is_had_again_when_the_server_dies_before_the
         ),
         ("standby.given_back", guest.path("/standby"), json!({})),
     ] {
-        cut(&mut server, point, async |client| {
-            client.try_post(&path, &body).await;
-        })
-        .await;
+        cut(&mut server, point, async |client| post(client, path, body).await).await;
         guest.wait_for("Running").await;
         has_all_of_it(&guest).await;
     }
