@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How long a guest may get no further. A kernel that could not free a block tries again only after most of a minute.
 const STANDSTILL: Duration = Duration::from_secs(3);
 /// How long it may take in all: its workload stands still.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a guest that gets back what it had may take it before its workload goes on. It needs some 100 ms.
 const HEAD_START: Duration = Duration::from_secs(1);
 
