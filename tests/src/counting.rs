@@ -13,8 +13,10 @@ const COUNT: &str = "test -s /dev/shm/count || \
 /// Says how far it has come. The shell empties the file before it writes to it.
 const TELL: &str = "until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n";
 
-/// Waits in the guest until it has counted further, and says how far.
-pub const COUNTS_ON: &str = "look() { n=; while [ -z \"$n\" ]; do { read n < /dev/shm/count; } 2>/dev/null; done; }; \
+/// Waits in the guest until it has counted further, and says how far. The shell reads a byte at a time, so a number that
+/// changes meanwhile is none: it counts when it was read twice.
+pub const COUNTS_ON: &str = "look() { until { read n < /dev/shm/count && read m < /dev/shm/count && [ \"$n\" = \"$m\" ]; } \
+                             2>/dev/null; do :; done; }; \
                              look; first=$n; while look; [ \"$n\" = \"$first\" ]; do :; done; echo $n";
 
 impl Server {

@@ -14,15 +14,15 @@ async fn memory(guest: &Guest) -> u64 {
     number.unwrap_or_else(|| panic!("MemTotal instead of {text:?}"))
 }
 
-/// It has most of its 512 MiB. The kernel keeps some for itself.
+/// It has most of its 256 MiB. The kernel keeps some for itself.
 async fn has_all_of_it(guest: &Guest) {
     eventually("the guest has all of its memory", || async {
-        memory(guest).await > 420 << 10
+        memory(guest).await > 180 << 10
     })
     .await;
 }
 
-/// A guest that has as much beside the 256 MB with which it booted. `None` where there is no Cloud Hypervisor.
+/// A guest that has as much beside the 128 MB with which it booted. `None` where there is no Cloud Hypervisor.
 async fn with_more(name: &str) -> Option<(Server, Guest)> {
     if !told_on("cloud-hypervisor") {
         return None;
@@ -30,7 +30,7 @@ async fn with_more(name: &str) -> Option<(Server, Guest)> {
     let server = Server::start().await;
     let image = server.busybox().await;
     let asked = json!({
-        "name": name, "hypervisor": "cloud-hypervisor", "size": "256MB", "hotplug_size": "256MB",
+        "name": name, "hypervisor": "cloud-hypervisor", "size": "128MB", "hotplug_size": "128MB",
         "cmd": ["sleep", "infinity"],
     });
     let guest = server.run(&image, asked).await;
@@ -44,7 +44,7 @@ async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again(
     let Some((server, guest)) = with_more("origin").await else {
         return;
     };
-    let fill = "mkdir /ballast && mount -t tmpfs -o size=400m none /ballast \
+    let fill = "mkdir /ballast && mount -t tmpfs -o size=200m none /ballast \
                 && head -c 65536 /dev/urandom > /ballast/kept && md5sum /ballast/kept";
     let sum = guest.output(fill).await;
 
@@ -68,13 +68,13 @@ async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again(
 
     // What does not fit into `size` cannot be captured; nothing of it is lost.
     guest
-        .output("dd if=/dev/zero of=/ballast/large bs=1M count=300 2>/dev/null")
+        .output("dd if=/dev/zero of=/ballast/large bs=1M count=110 2>/dev/null")
         .await;
     let refusal = guest.post("/standby", &json!({})).await;
     refusal.refused(409, "memory_in_use");
     assert_eq!(guest.inspect().await["state"], "Running");
     has_all_of_it(&guest).await;
-    assert_eq!(guest.output("wc -c < /ballast/large").await, "314572800");
+    assert_eq!(guest.output("wc -c < /ballast/large").await, "115343360");
     assert_eq!(guest.output("md5sum /ballast/kept").await, sum);
     guest.output("rm /ballast/large").await;
     let asleep = guest.standby().await;

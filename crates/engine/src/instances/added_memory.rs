@@ -31,8 +31,10 @@ use crate::EngineError;
 
 /// How often a guest is looked at that gives back memory. It needs some 100 ms for it.
 const LOOK: Duration = Duration::from_millis(10);
-/// How long a guest may get no further. A kernel that could not free a block tries again only after most of a minute.
-const STANDSTILL: Duration = Duration::from_secs(3);
+/// How long a guest may get no further.
+const STANDSTILL: Duration = Duration::from_secs(10);
+/// How often it is asked anew. A kernel that could not free a block tries again by itself only after most of a minute.
+const REMINDER: Duration = Duration::from_secs(1);
 /// How long it may take in all: its workload stands still.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a guest that gets back what it had may take it before its workload goes on. It needs some 100 ms.
@@ -118,11 +120,16 @@ impl Progress {
     }
 }
 
-/// Waits until the guest has given back all, or gets no further. What is left.
-async fn given_back(adjust: &dyn Adjust) -> Result<u64, VmmError> {
+/// Has the guest keep only so many bytes. Waits until it has given back the rest, or gets no further. What is left.
+async fn given_back(adjust: &dyn Adjust, keep: u64) -> Result<u64, VmmError> {
     let asked = Instant::now();
+    let mut reminded: Option<Instant> = None;
     let mut progress = Progress::default();
     loop {
+        if reminded.is_none_or(|reminded| reminded.elapsed() >= REMINDER) {
+            adjust.set_memory(keep).await?;
+            reminded = Some(Instant::now());
+        }
         let left = adjust.added_memory().await?;
         if progress.seen(left, asked.elapsed()) != Standing::OnItsWay {
             return Ok(left);
@@ -189,8 +196,7 @@ impl Driver {
         }
         let had = adjust.added_memory().await?;
         self.note(Added::TakenBack(had));
-        adjust.set_memory(self.record.memory_bytes).await?;
-        match given_back(adjust).await? {
+        match given_back(adjust, self.record.memory_bytes).await? {
             0 => Ok(had),
             bytes => Err(EngineError::MemoryInUse { bytes }),
         }
@@ -269,14 +275,14 @@ mod tests {
     #[test]
     fn a_guest_that_gets_on_is_waited_for() {
         let mut progress = Progress::default();
-        for second in 0..10 {
+        for second in 0..29 {
             let left = SOME - second;
             assert_eq!(
                 progress.seen(left, Duration::from_secs(second)),
                 Standing::OnItsWay
             );
         }
-        assert_eq!(progress.seen(0, Duration::from_secs(10)), Standing::Done);
+        assert_eq!(progress.seen(0, Duration::from_secs(29)), Standing::Done);
     }
 
     #[test]
@@ -288,8 +294,8 @@ mod tests {
             Standing::OnItsWay
         );
         // What it takes again is no progress.
-        assert_eq!(progress.seen(SOME, Duration::from_secs(4)), Standing::OnItsWay);
-        assert_eq!(progress.seen(SOME / 2, Duration::from_secs(5)), Standing::Stuck);
+        assert_eq!(progress.seen(SOME, Duration::from_secs(11)), Standing::OnItsWay);
+        assert_eq!(progress.seen(SOME / 2, Duration::from_secs(12)), Standing::Stuck);
     }
 
     proptest! {
