@@ -10,8 +10,8 @@ const COUNT: &str = "test -s /dev/shm/count || \
                      sh -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; sleep 0.05; done' \
                      >/dev/null 2>&1 </dev/null &";
 
-/// Says how far it has come. The shell empties the file before it writes to it.
-const TELL: &str = "until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n";
+/// Says how far it has come. The shell empties the file before it writes to it, and says of a `cat` that died that it did.
+const TELL: &str = "exec 2>/dev/null; until n=$(cat /dev/shm/count) && [ -n \"$n\" ]; do :; done; echo $n";
 
 /// Waits in the guest until it has counted further, and says how far. The shell reads a byte at a time, so a number that
 /// changes meanwhile is none: it counts when it was read twice.
