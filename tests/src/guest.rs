@@ -78,6 +78,15 @@ impl Guest {
             .expect("exec accepted")
     }
 
+    /// Whether a command can be run now. The agent of a guest that had no memory left may be away for a moment.
+    pub async fn is_reachable(&self) -> bool {
+        let request = json!({"command": ["true"], "tty": false});
+        match ExecSession::start(&self.client, &self.id, &request).await {
+            Ok(session) => session.finish().await.exit_code == 0,
+            Err(_) => false,
+        }
+    }
+
     /// Runs a command to its end.
     pub async fn exec(&self, words: &[&str]) -> Executed {
         self.exec_session(json!({"command": words, "tty": false}))

@@ -73,6 +73,7 @@ async fn a_guest_gets_more_memory_gives_it_back_to_be_captured_and_has_it_again(
     let refusal = guest.post("/standby", &json!({})).await;
     refusal.refused(409, "memory_in_use");
     assert_eq!(guest.inspect().await["state"], "Running");
+    eventually("its agent answers", || guest.is_reachable()).await;
     has_all_of_it(&guest).await;
     assert_eq!(guest.output("wc -c < /ballast/large").await, "115343360");
     assert_eq!(guest.output("md5sum /ballast/kept").await, sum);

@@ -11,9 +11,9 @@ mod lab;
 
 use std::time::{Duration, Instant};
 
-use hypeman_vmm::{ExitKind, IoLimit, RunState, VmmError, VmmKind};
+use hypeman_vmm::{ExitKind, RunState, VmmError, VmmKind};
 
-use lab::{Agent, BOARDS, Lab, PATIENCE, SmallDisk, ended};
+use lab::{Agent, BOARDS, Lab, PATIENCE, SmallDisk, ended, stories};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_kernel_boots_on_every_board_sees_its_disks_in_order_and_powers_off() {
@@ -65,26 +65,8 @@ async fn every_kernel_boots_on_every_board_sees_its_disks_in_order_and_powers_of
 async fn as_many_disks_as_promised_fit_and_one_more_is_refused() {
     let Some(lab) = Lab::new() else { return };
     for board in BOARDS {
-        let mut spec = lab.spec(&format!("disks-{board:?}").to_lowercase());
-        let max = lab.driver(board).max_disks();
-        spec.disks = (0..max)
-            .map(|index| lab.disk(&format!("disk{index}"), index as u64 + 1))
-            .collect();
-        let machine = lab.launch(board, &spec).await;
-        let expected: Vec<String> = (0..max as u64)
-            .map(|index| ((index + 1) << 20).to_string())
-            .collect();
-        assert_eq!(
-            Agent::connect(&*machine).await.ask("disks").await,
-            expected.join(" ")
-        );
-        machine.kill().await.unwrap();
-        assert_eq!(machine.exit_cause().await.kind, ExitKind::Stopped);
-        spec.disks.push(lab.disk("more", 1));
-        assert!(matches!(
-            lab.driver(board).launch(&spec).await,
-            Err(VmmError::InvalidSpec(_))
-        ));
+        let spec = lab.spec(&format!("disks-{board:?}").to_lowercase());
+        stories::as_many_disks_as_promised_fit_and_one_more_is_refused(&lab, board, spec).await;
     }
 }
 
@@ -307,23 +289,12 @@ async fn a_start_that_fails_tells_the_words_of_the_vmm_and_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_limited_disk_is_slower_than_its_guest_would_like() {
     let Some(lab) = Lab::new() else { return };
-    let mut spec = lab.spec("limited");
-    let mut disk = lab.disk("slow", 32);
-    disk.limit = Some(IoLimit {
-        bytes_per_second: 4 << 20,
-        burst_bytes_per_second: 8 << 20,
-    });
-    spec.disks = vec![disk];
-    let machine = lab.launch(VmmKind::QemuMicrovm, &spec).await;
-    let mut agent = Agent::connect(&*machine).await;
-    agent.ask("ping").await;
-    let start = Instant::now();
-    let guest_milliseconds = agent.ask(&format!("read {}", 24 << 20)).await;
-    let taken = start.elapsed();
-    println!("24 MiB at 4 MiB/s, 8 MiB in a burst: {taken:?}, by the guest's clock {guest_milliseconds} ms");
-    // A bucket that lets more through than promised is the only failure; a busy host is not.
-    assert!(taken > Duration::from_secs(3), "{taken:?}");
-    machine.kill().await.unwrap();
+    stories::a_limited_disk_is_slower_than_its_guest_would_like(
+        &lab,
+        VmmKind::QemuMicrovm,
+        lab.spec("limited"),
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -31,7 +31,7 @@ async fn as_many_disks_as_promised_fit_and_one_more_is_refused() {
     let Some(lab) = Lab::cloud_hypervisor() else {
         return;
     };
-    stories::as_many_disks_as_promised_fit_and_one_more_is_refused(&lab, KIND).await;
+    stories::as_many_disks_as_promised_fit_and_one_more_is_refused(&lab, KIND, lab.vsock_spec("disks")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -221,7 +221,7 @@ async fn a_limited_disk_is_slower_than_its_guest_would_like() {
     let Some(lab) = Lab::cloud_hypervisor() else {
         return;
     };
-    stories::a_limited_disk_is_slower_than_its_guest_would_like(&lab, KIND).await;
+    stories::a_limited_disk_is_slower_than_its_guest_would_like(&lab, KIND, lab.vsock_spec("limited")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

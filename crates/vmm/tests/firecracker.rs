@@ -31,7 +31,7 @@ async fn a_machine_boots_sees_its_disks_in_order_pauses_and_powers_off() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn as_many_disks_as_promised_fit_and_one_more_is_refused() {
     let Some(lab) = Lab::firecracker() else { return };
-    stories::as_many_disks_as_promised_fit_and_one_more_is_refused(&lab, KIND).await;
+    stories::as_many_disks_as_promised_fit_and_one_more_is_refused(&lab, KIND, lab.vsock_spec("disks")).await;
 }
 
 /// A copy of a captured machine that runs.
@@ -300,7 +300,7 @@ async fn memory_above_the_hole_of_devices_is_captured_too() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_limited_disk_is_slower_than_its_guest_would_like() {
     let Some(lab) = Lab::firecracker() else { return };
-    stories::a_limited_disk_is_slower_than_its_guest_would_like(&lab, KIND).await;
+    stories::a_limited_disk_is_slower_than_its_guest_would_like(&lab, KIND, lab.vsock_spec("limited")).await;
 }
 
 /// By the balloon, waiting for the guest each time.

@@ -10,8 +10,8 @@
 use std::time::{Duration, Instant};
 
 use hypeman_vmm::{
-    Capabilities, ExitKind, IoLimit, MemoryBacking, Patch, ProcessIdentity, Restore, RunState, VmmError,
-    VmmKind,
+    Capabilities, ExitKind, IoLimit, MachineSpec, MemoryBacking, Patch, ProcessIdentity, Restore, RunState,
+    VmmError, VmmKind,
 };
 
 use super::captured::{capture_where_possible, damaged, restore};
@@ -93,8 +93,11 @@ pub async fn a_machine_boots_sees_its_disks_in_order_pauses_and_powers_off(lab: 
     assert_nothing_is_left(lab, kind, &spec);
 }
 
-pub async fn as_many_disks_as_promised_fit_and_one_more_is_refused(lab: &Lab, kind: VmmKind) {
-    let mut spec = lab.vsock_spec("disks");
+pub async fn as_many_disks_as_promised_fit_and_one_more_is_refused(
+    lab: &Lab,
+    kind: VmmKind,
+    mut spec: MachineSpec,
+) {
     let max = lab.driver(kind).max_disks();
     spec.disks = (0..max)
         .map(|index| lab.disk(&format!("disk{index}"), index as u64 + 1))
@@ -345,8 +348,11 @@ pub async fn memory_above_the_hole_of_devices_is_captured_too(lab: &Lab, kind: V
     machine.kill().await.unwrap();
 }
 
-pub async fn a_limited_disk_is_slower_than_its_guest_would_like(lab: &Lab, kind: VmmKind) {
-    let mut spec = lab.vsock_spec("limited");
+pub async fn a_limited_disk_is_slower_than_its_guest_would_like(
+    lab: &Lab,
+    kind: VmmKind,
+    mut spec: MachineSpec,
+) {
     let mut disk = lab.disk("slow", 4);
     // The guest itself reads no more than two mebibytes a second on some hosts.
     disk.limit = Some(IoLimit {
