@@ -16,12 +16,14 @@ use super::spawn::{Detached, spawn_detached};
 use crate::blocking::blocking;
 use crate::console::Console;
 use crate::files::io_error;
+use crate::undo::Undo;
 use crate::{VmmError, VmmKind};
 
 /// A process that was started and is no machine yet. Dropped, it is killed.
 pub(crate) struct Starting {
     process: Arc<ProcessHandle>,
-    guard: KillOnDrop,
+    /// Kills it when nobody waits for it any more; its watching task reaps it.
+    guard: Undo<Box<dyn FnOnce() + Send + Sync>>,
     /// What of its jail is in force.
     jail: Option<Report>,
     /// What shows of that only when it runs.
@@ -53,8 +55,9 @@ impl Starting {
             _ => io_error("cannot watch", &path)(error),
         })?;
         let process = Arc::new(process);
+        let killed = Arc::clone(&process);
         Ok(Self {
-            guard: KillOnDrop::of(&process),
+            guard: Undo::by(Box::new(move || drop(killed.kill()))),
             process,
             look: Look {
                 kind,
@@ -108,28 +111,6 @@ impl Starting {
                     error => error,
                 })
             }
-        }
-    }
-}
-
-/// Kills a process whose start was cancelled or failed; its watching task reaps it.
-struct KillOnDrop(Option<Arc<ProcessHandle>>);
-
-impl KillOnDrop {
-    fn of(process: &Arc<ProcessHandle>) -> Self {
-        Self(Some(Arc::clone(process)))
-    }
-
-    /// The start succeeded.
-    fn forget(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(process) = &self.0 {
-            let _ = process.kill();
         }
     }
 }
