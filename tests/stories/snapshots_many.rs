@@ -92,12 +92,11 @@ async fn twenty_five_restores_of_one_snapshot_at_once_are_all_alive() {
             .map(|(_, child)| child)
             .collect();
         assert_eq!(children.len(), AT_ONCE);
-        let told = join_all(
-            children
-                .iter()
-                .map(|child| child.output("cat /dev/shm/note; hostname")),
-        )
-        .await;
+        // One by one: the guests of a small host would only take its processors from each other.
+        let mut told = Vec::new();
+        for child in &children {
+            told.push(child.output("cat /dev/shm/note; hostname").await);
+        }
         let told: BTreeSet<&str> = told.iter().map(String::as_str).collect();
         let expected: BTreeSet<String> = (1..=AT_ONCE)
             .map(|number| format!("remembered\nchild-{number}"))

@@ -50,9 +50,12 @@ pub(crate) struct Shared {
     known_artifacts: Mutex<HashMap<String, BootArtifacts>>,
     network: OnceCell<Network>,
     addresses: Mutex<BTreeSet<Ipv4Addr>>,
-    /// VMMs that may start at the same time: more would only take the processors from each other, and all of
-    /// them would be late.
+    /// VMMs that may start at the same time. Each takes one processor for some ten milliseconds: a little more than one
+    /// for each keeps all busy, and more would all be late.
     pub(crate) launches: Semaphore,
+    /// Restored guests that may find their way at the same time. Each needs a whole processor for it; where several
+    /// share one they are so slow that timers take all that they get, and none arrives.
+    pub(crate) welcomes: Semaphore,
     /// Exports and imports at the same time: each has a thread that waits for a client.
     pub(crate) transfers: Semaphore,
     _lock: DirectoryLock,
@@ -103,7 +106,8 @@ impl Shared {
             known_artifacts: Mutex::default(),
             network: OnceCell::new(),
             addresses: Mutex::default(),
-            launches: Semaphore::new(concurrent_launches()),
+            launches: Semaphore::new(2 + processors()),
+            welcomes: Semaphore::new(processors()),
             transfers: Semaphore::new(TRANSFERS),
             _lock: lock,
         }))
@@ -204,7 +208,6 @@ impl Shared {
     }
 }
 
-/// Starting a VMM takes one processor for some ten milliseconds; a little more than one each keeps all busy.
-fn concurrent_launches() -> usize {
-    2 + std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }

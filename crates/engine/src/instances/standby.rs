@@ -44,6 +44,8 @@ use crate::{EngineError, durable, faults};
 pub(super) const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a copy may take to confirm who it is now.
 const IDENTITY_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a restored guest has a processor for itself. One that has not answered by then waits among the others.
+const WELCOME_TURN: Duration = Duration::from_secs(5);
 
 /// What the journal holds of a wake before it begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -393,6 +395,12 @@ impl Driver {
             return Err(EngineError::InvalidState("the instance has no machine".into()));
         };
         let machine = Arc::clone(&run.machine);
+        let shared = Arc::clone(&self.shared);
+        let turn = shared
+            .welcomes
+            .acquire()
+            .await
+            .map_err(|_| EngineError::ShuttingDown)?;
         if let Err(error) = machine.resume().await {
             self.end_run(format!("the restored machine could not go on: {error}"))
                 .await;
@@ -410,6 +418,8 @@ impl Driver {
         } else {
             AGENT_PATIENCE
         };
+        self.await_agent(WELCOME_TURN).await;
+        drop(turn);
         self.await_agent(patience).await;
         if self.run.is_none() {
             let message = self.record.exit.as_ref().map(|exit| exit.message.clone());
