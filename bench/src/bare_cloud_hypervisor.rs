@@ -15,6 +15,8 @@ use crate::load::pause;
 
 /// Longer than it takes to start under any load.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than it takes to carry out any order.
+const ORDER_PATIENCE: Duration = Duration::from_secs(300);
 /// Name of its socket in the directory of a machine, also where our driver makes it.
 pub const SOCKET: &str = "api.sock";
 
@@ -122,6 +124,7 @@ fn exchange(
     } else {
         request += "\r\n";
     }
+    stream.set_read_timeout(Some(ORDER_PATIENCE))?;
     stream.write_all(request.as_bytes())?;
     read_answer(&mut BufReader::new(stream))
 }

@@ -23,8 +23,8 @@ use crate::error::{BenchError, Result};
 use crate::place::Place;
 use crate::server::Server;
 
-/// Longer than a guest takes to answer under any load.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than a guest takes to answer under any load, also one of many whose kernel is interpreted.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// An empty file: what a machine that goes on loads as kernel and initramfs, which some VMMs open all the same.
 const NOTHING: &str = "nothing";
@@ -254,22 +254,23 @@ async fn wake(
 pub async fn answer(channel: &AgentChannel, key: &AgentKey) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| BenchError::Answer(format!("the bare restore: {error}"));
     let began = Instant::now();
-    // A vsock device of a machine that has just gone on refuses for a moment.
+    // A vsock device of a machine that has just gone on refuses for a moment, and the client itself has little patience.
     let client = loop {
         let attempt = async {
             let stream = channel.connect().await?;
-            GuestClient::connect(stream, Some(key), PATIENCE)
+            let (client, _events) = GuestClient::connect(stream, Some(key), PATIENCE)
                 .await
-                .map_err(std::io::Error::other)
+                .map_err(std::io::Error::other)?;
+            // It was captured with its workload held still.
+            client.thaw().await.map_err(std::io::Error::other)?;
+            Ok::<_, std::io::Error>(client)
         };
         match attempt.await {
-            Ok((client, _events)) => break client,
+            Ok(client) => break client,
             Err(error) if began.elapsed() > PATIENCE => return Err(failed(&error)),
             Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
         }
     };
-    // It was captured with its workload held still.
-    client.thaw().await.map_err(|error| failed(&error))?;
     let request = ExecRequest {
         command: vec!["/bin/true".to_owned()],
         tty: None,

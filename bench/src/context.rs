@@ -17,12 +17,27 @@ pub struct Context {
     pub hypervisor: String,
     /// Fewer repetitions: for a look, not for a record.
     pub quick: bool,
+    /// Repetitions, instead of what each bench finds right.
+    pub rounds: Option<usize>,
+    /// Words of which a guest's name must have one, to be captured; empty: all are.
+    pub guests: Vec<String>,
+    /// Nothing is measured on a file system whose files share blocks.
+    pub usual_place: bool,
+    /// When the server is to serve memory of Firecracker page by page: `auto`, `off` or `always`.
+    pub pager: String,
 }
 
 impl Context {
-    /// Repetitions: `full`, never below 10, or `quick` when asked for.
+    /// Repetitions: `full`, never below 10, or `quick` when asked for, unless a number was named.
     pub fn repetitions(&self, full: usize, quick: usize) -> usize {
-        if self.quick { quick } else { full.max(10) }
+        let usual = if self.quick { quick } else { full.max(10) };
+        self.rounds.unwrap_or(usual)
+    }
+
+    /// Repetitions of what takes long enough for 5 to do.
+    pub fn few_repetitions(&self) -> usize {
+        let usual = if self.quick { 1 } else { 5 };
+        self.rounds.map_or(usual, |rounds| rounds.min(5))
     }
 
     /// Whether KVM is taken for good without an experiment: for hypervisors that cannot do without it.
@@ -32,7 +47,7 @@ impl Context {
 
     /// Whether compressed memory comes page by page instead of being expanded first.
     pub fn serves_pages(&self) -> bool {
-        self.hypervisor == "firecracker"
+        self.hypervisor == "firecracker" && self.pager != "off"
     }
 
     /// Refuses when the binary has not been built.
@@ -48,6 +63,12 @@ impl Context {
             self.hypeman.display()
         )))
     }
+}
+
+/// A guest kernel of which somebody says that it runs with this host's KVM: `HYPEMAN_TEST_KVM_KERNEL`.
+pub fn kernel_for_kvm() -> Option<PathBuf> {
+    let named = std::env::var_os("HYPEMAN_TEST_KVM_KERNEL").map(PathBuf::from);
+    named.filter(|path| path.exists())
 }
 
 /// Finds a program in `$PATH`.

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::http::Connection;
 use crate::process;
 use crate::remote;
-use crate::server::{Server, call, create_running, small_instance};
+use crate::server::{Server, call, create_running, delete, small_instance};
 
 /// Bytes of a mebibyte.
 pub const MEBIBYTE: u64 = 1 << 20;
@@ -56,6 +57,43 @@ pub const SHAPES: [Shape; 4] = [
         filled: 200,
     },
 ];
+
+/// The guests that this run is about.
+///
+/// # Errors
+/// [`BenchError::Missing`] when none is.
+pub fn chosen(context: &Context) -> Result<Vec<Shape>> {
+    let (words, mut shapes) = (&context.guests, SHAPES.to_vec());
+    shapes.retain(|shape| words.is_empty() || words.iter().any(|word| shape.name.contains(word.as_str())));
+    match shapes.is_empty() {
+        false => Ok(shapes),
+        true => Err(BenchError::Missing(format!(
+            "no guest is named {}; there are: {}",
+            words.join(", "),
+            SHAPES.map(|shape| shape.name).join("; ")
+        ))),
+    }
+}
+
+/// The most that fills any of these guests, in MiB.
+pub fn most_filled(shapes: &[Shape]) -> u64 {
+    shapes.iter().map(|shape| shape.filled).max().unwrap_or(0)
+}
+
+/// Removes what a bench that failed has left, or it would be in the way of the next.
+///
+/// # Errors
+/// The server refuses.
+pub fn remove_all(server: &Server) -> Result<()> {
+    // The connection of the failed one may have half an answer in it.
+    let mut api = server.connect()?;
+    let left = call(&mut api, "GET", "/instances", None, 200)?;
+    let ids = left.as_array().into_iter().flatten();
+    for id in ids.filter_map(|instance| instance["id"].as_str()) {
+        delete(&mut api, id)?;
+    }
+    Ok(())
+}
 
 /// Content of programs and texts, the same at each call.
 #[derive(Debug)]
@@ -186,6 +224,8 @@ pub fn vmm(server: &Server, id: &str) -> Result<u32> {
 pub struct Footprint {
     /// Bytes that no other process shares.
     pub private: u64,
+    /// Bytes that no file backs, those of the VMM itself included.
+    pub anonymous: u64,
     /// Bytes of guest memory that no file backs: of a restored guest, what it changed.
     pub anonymous_guest: u64,
 }
@@ -193,16 +233,19 @@ pub struct Footprint {
 /// Looks at the memory of a VMM whose guest has `memory` MiB.
 ///
 /// # Errors
-/// It is gone.
+/// It is gone, or no mapping of it is large enough for a guest.
 pub fn footprint(process: u32, memory: u64) -> Result<Footprint> {
     let read = |name: &str| {
         fs::read_to_string(format!("/proc/{process}/{name}"))
             .map_err(|error| BenchError::io("read the memory of a process", error))
     };
-    let private = sum(&read("smaps_rollup")?, "Private_");
+    let all = read("smaps_rollup")?;
+    let guest = anonymous_of(&read("smaps")?, memory * 1024);
     Ok(Footprint {
-        private,
-        anonymous_guest: anonymous_of(&read("smaps")?, memory * 1024),
+        private: sum(&all, "Private_"),
+        anonymous: sum(&all, "Anonymous:"),
+        anonymous_guest: guest
+            .ok_or_else(|| BenchError::Answer(format!("process {process} has no memory of a guest")))?,
     })
 }
 
@@ -219,17 +262,21 @@ fn bytes(line: &str) -> u64 {
     number.and_then(|number| number.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// `Anonymous` of the mapping with this size.
-fn anonymous_of(smaps: &str, kibibytes: u64) -> u64 {
-    let mut inside = false;
+/// `Anonymous` of the mapping with this size, or of the next larger one: the kernel joins neighbours.
+fn anonymous_of(smaps: &str, kibibytes: u64) -> Option<u64> {
+    let mut size = 0;
+    let mut found: Option<(u64, u64)> = None;
     for line in smaps.lines() {
-        if let Some(size) = line.strip_prefix("Size:") {
-            inside = size.trim().strip_suffix(" kB") == Some(&kibibytes.to_string());
-        } else if inside && line.starts_with("Anonymous:") {
-            return bytes(line);
+        if line.starts_with("Size:") {
+            size = bytes(line);
+        } else if line.starts_with("Anonymous:")
+            && size >= kibibytes * 1024
+            && found.is_none_or(|(smallest, _)| size < smallest)
+        {
+            found = Some((size, bytes(line)));
         }
     }
-    0
+    found.map(|(_, anonymous)| anonymous)
 }
 
 /// Bytes that the files below a directory take on disk.
@@ -251,9 +298,11 @@ mod tests {
 
     #[test]
     fn the_mapping_of_the_guest_is_found_by_its_size() {
-        let smaps = "a-b rw-p\nSize:   4 kB\nAnonymous:  4 kB\nc-d rw-p\nSize: 262144 kB\nRss: 9 kB\nAnonymous: 8 kB\n";
-        assert_eq!(anonymous_of(smaps, 262_144), 8192);
-        assert_eq!(anonymous_of(smaps, 1), 0);
+        let smaps = "a-b rw-p\nSize:   4 kB\nAnonymous:  4 kB\nc-d rw-p\nSize: 262144 kB\nRss: 9 kB\nAnonymous: 8 kB\n\
+                     e-f ---p\nSize: 1048576 kB\nAnonymous: 0 kB\n";
+        assert_eq!(anonymous_of(smaps, 262_144), Some(8192));
+        assert_eq!(anonymous_of(smaps, 262_000), Some(8192));
+        assert_eq!(anonymous_of(smaps, 2 << 20), None);
         assert_eq!(
             sum(
                 "Private_Clean: 4 kB\nPrivate_Dirty: 8 kB\nShared_Clean: 1 kB\n",

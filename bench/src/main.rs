@@ -32,6 +32,7 @@ mod guests;
 mod http;
 mod load;
 mod offload;
+mod paged;
 mod place;
 mod process;
 mod registry;
@@ -69,14 +70,24 @@ struct Outer {
     /// Fewer repetitions and less data: for a look, not for a record
     #[arg(long)]
     quick: bool,
+    /// Repetitions, instead of what each bench finds right; fewer than 5 are shown and not judged
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// Guests to capture, by a part of their names, as `--guest '256 MiB idle'`; all when none is named
+    #[arg(long = "guest")]
+    guests: Vec<String>,
+    /// Leave out the file system whose files share blocks
+    #[arg(long)]
+    usual_place: bool,
     /// List the benches and stop
     #[arg(long)]
     list: bool,
     /// The binary to measure
     #[arg(long, default_value = "target/release/hypeman")]
     hypeman: PathBuf,
-    /// Guest kernel to boot instead of the one that the server finds
-    #[arg(long)]
+    /// Guest kernel to boot instead of the one that the server finds. Where KVM is needed, HYPEMAN_TEST_KVM_KERNEL comes
+    /// first
+    #[arg(long, overrides_with = "kernel")]
     kernel: Option<PathBuf>,
     /// Directory with the modules of that kernel
     #[arg(long)]
@@ -134,13 +145,22 @@ fn run(arguments: &Outer) -> Result<ExitCode> {
         eprintln!("bench: there is no bench {unknown}; --list lists them");
         return Ok(ExitCode::from(2));
     }
-    let context = Context {
+    // Whoever names a mode compares with it.
+    let pager = std::env::var("HYPERVISOR__FIRECRACKER__PAGER").unwrap_or_else(|_| "auto".to_owned());
+    let mut context = Context {
         hypeman: arguments.hypeman.clone(),
         kernel: arguments.kernel.clone(),
         modules: arguments.modules.clone(),
         hypervisor: arguments.hypervisor.clone(),
         quick: arguments.quick,
+        rounds: arguments.rounds.map(|rounds| rounds as usize),
+        guests: arguments.guests.clone(),
+        usual_place: arguments.usual_place,
+        pager,
     };
+    if context.trusts_kvm() {
+        context.kernel = context::kernel_for_kvm().or(context.kernel);
+    }
     server::clean_up_when_interrupted()?;
     let mut sections: Vec<Section> = Vec::new();
     for (name, title, bench) in benches::ALL {

@@ -29,6 +29,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
+use crate::load::pause;
 use crate::source::{self, Room, Source};
 
 const START: u16 = 1;
@@ -189,7 +190,7 @@ fn serve(mut stream: UnixStream, source: &Source, memory: Option<&File>) -> io::
 /// # Errors
 /// The VMM does something else, or is gone.
 pub fn receive(listener: &UnixListener) -> io::Result<Taken> {
-    let (mut stream, _) = listener.accept()?;
+    let mut stream = accept(listener)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut memory: Option<(File, File)> = None;
     let mut began = Instant::now();
@@ -222,6 +223,24 @@ pub fn receive(listener: &UnixListener) -> io::Result<Taken> {
             other => return Err(unexpected(other)),
         }
         write_head(&mut stream, OK, 0)?;
+    }
+}
+
+/// Accepts the VMM's connection. One that fails before it connects says so in its log alone.
+fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
+    listener.set_nonblocking(true)?;
+    let began = Instant::now();
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock || began.elapsed() > PATIENCE => {
+                return Err(error);
+            }
+            Err(_) => pause(Duration::from_micros(200)),
+        }
     }
 }
 

@@ -82,10 +82,8 @@ impl Server {
         if context.trusts_kvm() {
             environment.push(("HYPERVISOR__TRUST_KVM".to_owned(), "true".to_owned()));
         }
-        // Whoever names a mode compares with it.
-        let mode = "HYPERVISOR__FIRECRACKER__PAGER";
-        if context.serves_pages() && std::env::var_os(mode).is_none() {
-            environment.push((mode.to_owned(), "auto".to_owned()));
+        if context.hypervisor == "firecracker" {
+            environment.push(("HYPERVISOR__FIRECRACKER__PAGER".to_owned(), context.pager.clone()));
         }
         let mut server = Self::launch(context.hypeman.clone(), data, environment)?;
         server.hypervisor.clone_from(&context.hypervisor);
@@ -384,22 +382,33 @@ pub fn small_instance(name: &str, image: &str, hypervisor: &str) -> Value {
 pub fn create_running(api: &mut Connection, body: &Value) -> Result<String> {
     let created = call(api, "POST", "/instances", Some(body), 201)?;
     let id = created["id"].as_str().unwrap_or_default().to_owned();
-    if created["state"] == "Running" {
-        return Ok(id);
+    wait_until_running(api, &id, &created)?;
+    Ok(id)
+}
+
+/// Brings an instance back from standby; returns when it runs.
+///
+/// # Errors
+/// It is refused or does not get to `Running`.
+pub fn restore(api: &mut Connection, id: &str) -> Result<()> {
+    let restored = call(api, "POST", &format!("/instances/{id}/restore"), None, 200)?;
+    // A slow guest may not have answered yet.
+    wait_until_running(api, id, &restored)
+}
+
+/// Waits for an instance that was in the state of `known` a moment ago.
+fn wait_until_running(api: &mut Connection, id: &str, known: &Value) -> Result<()> {
+    if known["state"] == "Running" {
+        return Ok(());
     }
-    let answer = call(
-        api,
-        "GET",
-        &format!("/instances/{id}/wait?state=Running&timeout=5m"),
-        None,
-        200,
-    )?;
-    if answer["state"] == "Running" {
-        return Ok(id);
+    let path = format!("/instances/{id}/wait?state=Running&timeout=5m");
+    let answer = call(api, "GET", &path, None, 200)?;
+    match answer["state"] == "Running" {
+        true => Ok(()),
+        false => Err(BenchError::Answer(format!(
+            "the instance did not get to Running: {answer}"
+        ))),
     }
-    Err(BenchError::Answer(format!(
-        "the instance did not get to Running: {answer}"
-    )))
 }
 
 /// Deletes an instance without waiting for its guest.

@@ -10,11 +10,11 @@ use super::in_each_place;
 use crate::calm::Calm;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
-use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
+use crate::guests::{self, Content, MEBIBYTE, Shape};
 use crate::http::Connection;
 use crate::registry::push_busybox;
 use crate::report::{Goal, Section};
-use crate::server::{Server, call, delete};
+use crate::server::{Server, call, delete, restore};
 use crate::statistics::{Sample, milliseconds};
 
 /// Bytes a second that a copy within RAM is allowed to take.
@@ -27,14 +27,14 @@ const RAW: &str = "memory.raw";
 const CHANGED: u64 = 16 * MEBIBYTE;
 
 pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
-    let most = SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0);
-    let content = Content::read(most + 64)?;
+    let shapes = guests::chosen(context)?;
+    let content = Content::read(guests::most_filled(&shapes) + 64)?;
     let repetitions = context.repetitions(10, 3);
-    in_each_place(section, |section, place| {
+    in_each_place(context, section, |section, place| {
         let server = Server::start_in(context, place)?;
         let image = push_busybox(&server)?;
         let mut api = server.connect()?;
-        for shape in SHAPES {
+        for shape in shapes.iter().copied() {
             let mut bench = Bench {
                 server: &server,
                 api: &mut api,
@@ -48,6 +48,8 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
                 .and_then(|()| bench.standbys(section, shape))
             {
                 section.note(format!("{}{}: {error}", shape.name, place.suffix));
+                api = server.connect()?;
+                guests::remove_all(&server)?;
             }
         }
         Ok(())
@@ -121,7 +123,7 @@ impl Bench<'_> {
             let took = began.elapsed();
             let dense = not_zero(&newest(&memory)?.join(RAW))?;
             let reference = written_by_dd(&dense, &self.server.data_directory())?;
-            call(self.api, "POST", &format!("/instances/{id}/restore"), None, 200)?;
+            restore(self.api, &id)?;
             if shape.filled > 0 {
                 let other = self.content.part(shape.filled * MEBIBYTE, CHANGED);
                 guests::change(self.server, &id, 8 * MEBIBYTE, other)?;

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use hypeman_snapshots::{Codec, Elsewhere, MemoryId, MemorySource, MemoryStore, Options};
 use serde_json::json;
 
-use super::restore::wait_until_compressed;
+use super::kept::wait_until_compressed;
 use crate::bare_restore::record;
 use crate::calm::Calm;
 use crate::context::{Context, need_program};
 use crate::error::{BenchError, Result};
-use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
+use crate::guests::{self, Content, MEBIBYTE, Shape};
 use crate::http::Connection;
 use crate::registry::push_busybox;
 use crate::report::{Goal, Section};
@@ -32,9 +32,10 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     let server = Server::start(context)?;
     let image = push_busybox(&server)?;
     let mut api = server.connect()?;
-    let most = SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0);
+    let shapes = guests::chosen(context)?;
+    let most = guests::most_filled(&shapes);
     let content = Content::read(most + most / 2)?;
-    for shape in SHAPES {
+    for shape in shapes {
         let measured = memory_of(&server, &mut api, &image, shape, &content)
             .and_then(|memory| tools(context, section, shape, &memory));
         // Nothing fills an idle guest that could change.
@@ -44,6 +45,8 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
         };
         if let Err(error) = outcome {
             section.note(format!("{}: {error}", shape.name));
+            api = server.connect()?;
+            guests::remove_all(&server)?;
         }
     }
     section.note(

@@ -5,6 +5,8 @@ mod capture;
 mod compression;
 mod convert;
 mod exec;
+mod fork;
+mod kept;
 mod list;
 mod memory;
 mod offload;
@@ -60,7 +62,7 @@ pub const ALL: [(&str, &str, Run); 14] = [
     (
         "fork",
         "forks of a snapshot, one and 20 at once, against as many bare VMMs from the same state",
-        restore::forks,
+        fork::run,
     ),
     (
         "capture",
@@ -117,10 +119,14 @@ pub fn run(name: &'static str, title: &str, bench: Run, context: &Context) -> Se
 
 /// Measures where temporary files usually are, and on a file system whose files share blocks, where that can be had.
 fn in_each_place(
+    context: &Context,
     section: &mut Section,
     mut measure: impl FnMut(&mut Section, &Place) -> Result<()>,
 ) -> Result<()> {
     measure(section, &Place::usual())?;
+    if context.usual_place {
+        return Ok(());
+    }
     match Place::sharing() {
         Ok(place) => measure(section, &place),
         Err(reason) => {

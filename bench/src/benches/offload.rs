@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,9 @@ use crate::bare_cloud_hypervisor::need_version;
 use crate::bare_offload::{BareOffload, Restored};
 use crate::bare_restore::{BareRestore, BareVmms};
 use crate::calm::Calm;
-use crate::context::Context;
+use crate::context::{Context, kernel_for_kvm};
 use crate::error::{BenchError, Result};
-use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
+use crate::guests::{self, Content, MEBIBYTE, Shape};
 use crate::load::pause;
 use crate::offload::{Taken, Way};
 use crate::place::Place;
@@ -44,24 +44,35 @@ const WAYS: [(Way, &str); 3] = [
     (Way::Shared, "on demand, shared"),
     (Way::Inline, "on demand, inline"),
 ];
-/// Guests of these are compared: one with little in its memory, one with much.
+/// So many guests are compared: of all, one with little in its memory and one with much.
 const COMPARED: usize = 2;
+/// Longer than a machine takes to pull in all of its memory.
+const PULL_PATIENCE: Duration = Duration::from_secs(300);
 
 pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     let program = need_version(SINCE)?;
     let context = fitting(context)?;
-    let shapes = &SHAPES[..COMPARED];
-    let content = Content::read(shapes.iter().map(|shape| shape.filled).max().unwrap_or(0))?;
+    let mut shapes = guests::chosen(&context)?;
+    shapes.truncate(COMPARED);
+    let content = Content::read(guests::most_filled(&shapes))?;
     let repetitions = context.repetitions(10, 3);
     let server = Server::start(&context)?;
     let image = push_busybox(&server)?;
     let host = BareVmms::new(&context, &Place::usual())?;
     for shape in shapes {
-        let measured = keep(&server, &image, *shape, &content)
-            .and_then(|snapshot| Bench::new(&host, &server, &snapshot, &program, *shape, repetitions))
-            .and_then(|bench| bench.restores(section).and_then(|()| bench.captures(section)));
+        let measured = keep(&server, &image, shape, &content)
+            .and_then(|snapshot| Bench::new(&host, &server, &snapshot, &program, shape, repetitions))
+            .map(|bench| {
+                // What cannot be measured of the one is no reason against the other.
+                for outcome in [bench.restores(section), bench.captures(section)] {
+                    if let Err(error) = outcome {
+                        section.note(format!("{}: {error}", shape.name));
+                    }
+                }
+            });
         if let Err(error) = measured {
             section.note(format!("{}: {error}", shape.name));
+            guests::remove_all(&server)?;
         }
     }
     section.note(format!(
@@ -78,9 +89,8 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
 
 /// The context with Cloud Hypervisor and a kernel that somebody says runs with this host's KVM.
 fn fitting(context: &Context) -> Result<Context> {
-    let named = std::env::var_os("HYPEMAN_TEST_KVM_KERNEL").map(PathBuf::from);
     let chosen = context.hypervisor == "cloud-hypervisor";
-    let kernel = match named.filter(|path| path.exists()) {
+    let kernel = match kernel_for_kvm() {
         Some(kernel) => kernel,
         None => context.kernel.clone().filter(|_| chosen).ok_or_else(|| {
             BenchError::Missing(
@@ -177,23 +187,24 @@ impl<'a> Bench<'a> {
         for framed in [false, true] {
             let form = if framed { "framed" } else { "raw" };
             let (mut ours, mut calm) = (Vec::new(), Calm::default());
-            let mut theirs = WAYS.map(|_| Vec::new());
+            // Once without measuring: it warms the caches of all, and shows what is possible here.
+            self.ours(framed)?;
+            let ways = self.possible(section, framed);
+            let mut theirs = vec![Vec::new(); ways.len()];
             let (mut own, mut pulled, mut pulling) = (0, 0, Vec::new());
-            for round in 0..=self.repetitions {
+            for _ in 0..self.repetitions {
                 let (took, changed) = self.ours(framed)?;
                 own = changed;
-                // The first round warms the caches of all.
-                if round > 0 {
-                    ours.push(took);
-                }
-                for ((way, _), runs) in WAYS.iter().zip(&mut theirs) {
+                ours.push(took);
+                for ((way, _), runs) in ways.iter().zip(&mut theirs) {
                     let (restored, took) = self.restored(*way, framed)?;
                     let answered = Instant::now();
-                    if round > 0 {
-                        runs.push(took);
-                    }
+                    runs.push(took);
                     if *way == Way::Inline {
                         while !restored.has_all() {
+                            if answered.elapsed() > PULL_PATIENCE {
+                                return Err(failed("a machine did not pull in all of its memory"));
+                            }
                             pause(Duration::from_millis(1));
                         }
                         pulling.push(took + answered.elapsed());
@@ -205,9 +216,12 @@ impl<'a> Bench<'a> {
                 calm.look();
             }
             let ours: Sample = ours.into_iter().collect();
-            for ((_, way), runs) in WAYS.iter().zip(theirs) {
+            for ((_, way), runs) in ways.iter().zip(theirs) {
                 let name = format!("restore, {form}, {way}, {}", self.shape.name);
                 section.judged(&name, &ours, &runs.into_iter().collect(), Goal::None, &calm);
+            }
+            if pulling.is_empty() {
+                continue;
             }
             section.row(
                 &format!("memory that no file backs, {form}, inline, {}", self.shape.name),
@@ -224,6 +238,23 @@ impl<'a> Bench<'a> {
             ));
         }
         Ok(())
+    }
+
+    /// The ways by which a machine comes back here at all; the others are noted.
+    fn possible(&self, section: &mut Section, framed: bool) -> Vec<(Way, &'static str)> {
+        let mut ways = WAYS.to_vec();
+        ways.retain(|(way, name)| match self.restored(*way, framed) {
+            Ok((restored, _)) => {
+                restored.end();
+                self.captured.forget(1);
+                true
+            }
+            Err(error) => {
+                section.note(format!("restore, {name}, {}: {error}", self.shape.name));
+                false
+            }
+        });
+        ways
     }
 
     /// Our way: the time until the guest has run a command, and the KiB of its VMM then that no file backs.

@@ -166,10 +166,13 @@ impl Bench {
             .send(&served.socket, memory.firecracker_message().as_bytes())
             .map_err(|error| BenchError::io("reach the pager", error))?;
         self.runtime.block_on(async {
-            while served.pager().machine(name) != Some(MachineState::Serving) {
-                events.recv().await.map_err(failed)?;
+            loop {
+                match served.pager().machine(name) {
+                    Some(MachineState::Serving) => return Ok(()),
+                    Some(MachineState::Failed { reason, .. }) => return Err(failed(reason)),
+                    _ => events.recv().await.map_err(failed)?,
+                };
             }
-            Ok::<_, BenchError>(())
         })?;
         Ok(Machine {
             memory,

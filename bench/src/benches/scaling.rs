@@ -13,7 +13,7 @@ use crate::http::Connection;
 use crate::registry::push_busybox;
 use crate::remote;
 use crate::report::{Goal, Section};
-use crate::server::{Server, call, delete};
+use crate::server::{Server, call, delete, restore};
 use crate::statistics::Sample;
 
 /// Past the guest's page cache, so that its memory is the same with and without.
@@ -23,7 +23,7 @@ const WRITE: &str =
 pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     let repetitions = context.repetitions(11, 3);
     let content = Content::read(1)?;
-    in_each_place(section, |section, place| {
+    in_each_place(context, section, |section, place| {
         let server = Server::start_in(context, place)?;
         let image = push_busybox(&server)?;
         let mut bench = Bench {
@@ -69,8 +69,7 @@ impl Bench<'_> {
         let id = self.boot(shape)?;
         guests::standby(&mut self.api, &id)?;
         let began = Instant::now();
-        let path = format!("/instances/{id}/restore");
-        call(&mut self.api, "POST", &path, None, 200)?;
+        restore(&mut self.api, &id)?;
         remote::run(self.server, &id, &["/bin/true"], &[])?;
         let took = began.elapsed();
         delete(&mut self.api, &id)?;

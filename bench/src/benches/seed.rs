@@ -6,7 +6,7 @@ use std::path::Path;
 use hypeman_store::{Store, StoreError, instances};
 use serde_json::{Value, json};
 
-use super::restore::wait_until_compressed;
+use super::kept::wait_until_compressed;
 use crate::error::{BenchError, Result};
 use crate::guests;
 use crate::http::Connection;

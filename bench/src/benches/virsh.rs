@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::calm::Calm;
 use crate::context::{Context, need_program};
 use crate::error::{BenchError, Result};
-use crate::guests::{self, Content, MEBIBYTE, SHAPES, Shape};
+use crate::guests::{self, Content, MEBIBYTE, Shape};
 use crate::http::Connection;
 use crate::process;
 use crate::registry::{busybox, push_busybox};
@@ -27,9 +27,9 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     let server = Server::start(context)?;
     let image = push_busybox(&server)?;
     let mut api = server.connect()?;
-    let most = SHAPES.iter().map(|shape| shape.filled).max().unwrap_or(0);
-    let content = Content::read(most)?;
-    for shape in SHAPES {
+    let shapes = guests::chosen(context)?;
+    let content = Content::read(guests::most_filled(&shapes))?;
+    for shape in shapes {
         rows(context, section, &server, &mut api, &image, shape, &content)?;
     }
     section.note(
