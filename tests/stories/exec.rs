@@ -1,7 +1,7 @@
 //! Commands inside a running instance.
 
 use futures::future::join_all;
-use hypeman_tests::{ExecSession, Guest, Server, eventually, have, makes, skip_unless};
+use hypeman_tests::{ExecSession, Guest, Server, ServerOptions, eventually, have, makes, skip_unless};
 use serde_json::json;
 
 #[tokio::test]
@@ -237,6 +237,24 @@ async fn a_snapshot_ends_the_sessions_in_its_guest_only_where_capabilities_say_s
         assert_eq!(keeps, hypervisor != "firecracker", "{hypervisor}: {features:?}");
         let guest = server.run(&image, json!({"hypervisor": hypervisor})).await;
         snapshot_under_sessions(&server, &guest, keeps).await;
+        guest.delete().await;
+    }
+}
+
+#[tokio::test]
+async fn a_guest_whose_connections_end_with_a_snapshot_is_reached_anew_and_its_workload_goes_on() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let options = ServerOptions {
+        environment: vec![("HYPEMAN_CUT_CONNECTIONS".to_owned(), "1".to_owned())],
+        ..ServerOptions::default()
+    };
+    let server = Server::start_with(options).await;
+    let image = server.busybox().await;
+    for hypervisor in makes() {
+        let guest = server.counting(&image, json!({"hypervisor": hypervisor})).await;
+        let counted = guest.count().await;
+        snapshot_under_sessions(&server, &guest, false).await;
+        guest.goes_on(counted).await;
         guest.delete().await;
     }
 }

@@ -42,6 +42,37 @@ async fn a_guest_in_standby_goes_on_where_it_was() {
 }
 
 #[tokio::test]
+async fn a_guest_that_cannot_be_put_to_standby_goes_on_with_its_workload() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let memory = server.data_directory().join("memory");
+    let away = server.data_directory().join("away");
+    for hypervisor in hypervisors() {
+        let guest = server.counting(&image, json!({"hypervisor": hypervisor})).await;
+        let before = guest.count().await;
+        // Nothing can be made below a file: it fails when the guest stands still already.
+        std::fs::rename(&memory, &away).unwrap();
+        std::fs::write(&memory, "").unwrap();
+        let refused = guest.post_empty("/standby").await;
+        std::fs::remove_file(&memory).unwrap();
+        std::fs::rename(&away, &memory).unwrap();
+        assert!(refused.status >= 400, "{}", refused.text());
+        // A VMM that is slow to answer on a busy host is not told to run, for that long.
+        let shown = guest
+            .wait_until("it answers", |shown| shown["state"] != "Unknown")
+            .await;
+        assert_eq!(shown["state"], "Running", "{shown}");
+        let before = guest.goes_on(before).await;
+        assert_eq!(server.vmms().len(), 1);
+        guest.standby().await;
+        guest.restore().await;
+        guest.goes_on(before).await;
+        guest.delete().await;
+    }
+}
+
+#[tokio::test]
 async fn a_running_guest_is_captured_brought_back_and_multiplied() {
     skip_unless!(have("busybox"), "needs busybox-static");
     let server = Server::start().await;

@@ -1,6 +1,6 @@
-//! Named instants at which tests cut the process, as `kill -9` would.
+//! Named instants at which tests cut the process, as `kill -9` would; and connections that they cut.
 //!
-//! Without the feature `fault-points` nothing here is compiled into the product but an empty inline function.
+//! Without the feature `fault-points` nothing here is compiled into the product but empty inline functions.
 
 /// Every instant, in the order in which the operations pass them. Tests iterate over this list.
 pub const ALL: &[&str] = &[
@@ -93,6 +93,13 @@ pub fn point(name: &str) {
     armed::pass(name);
     #[cfg(not(feature = "fault-points"))]
     let _ = name;
+}
+
+/// Whether each capture is to cost its guest all connections, on any VMM as with those that end them: tests ask for it
+/// through `HYPEMAN_CUT_CONNECTIONS`.
+#[inline]
+pub(crate) fn cuts_connections() -> bool {
+    cfg!(feature = "fault-points") && std::env::var_os("HYPEMAN_CUT_CONNECTIONS").is_some()
 }
 
 #[cfg(feature = "fault-points")]

@@ -12,7 +12,8 @@
 //! Invariants:
 //! - Whatever fails, the source goes on as before: a paused machine is always resumed, later if not at once (see
 //!   [`super::stranded`]).
-//! - Memory, devices and disk belong to one instant: nothing runs between the first and the last of them.
+//! - Memory, devices and disk belong to one instant: nothing runs between the first and the last of them
+//!   (see [`super::instant`]).
 //! - What is made here counts only once a row names it; a directory without one is swept at the next start.
 
 use std::path::Path;
@@ -24,6 +25,7 @@ use jiff::Timestamp;
 
 use super::disks;
 use super::driver::Driver;
+use super::instant::{Order, Parts};
 use super::request::Operation;
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
@@ -210,28 +212,26 @@ impl Driver {
         machine.pause().await?;
         faults::point("capture.paused");
         let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        // Settled as late as memory is looked at: what has written to it meanwhile had pages brought.
-        let copied = async {
-            let served = self.shared.paging.settle(name).await?;
-            blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served)).await
+        let parts = Parts {
+            save: async { machine.save_devices().await.map_err(EngineError::from) },
+            keep: |devices: Vec<u8>| std::future::ready(Ok(devices)),
+            settle: self.shared.paging.settle(name),
+            memory: |served: bool| {
+                blocking_io("copy guest memory", move || Frozen::copied(&memory, room, served))
+            },
+            disk: async {
+                match disk.as_mut() {
+                    Some(copies) => copies.begin().await.map_err(EngineError::from),
+                    None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
+                }
+            },
         };
-        let begun = async {
-            match disk.as_mut() {
-                Some(copies) => Ok(copies.begin().await?),
-                None => disks::reflink(overlay.to_owned(), target.to_owned()).await,
-            }
-        };
-        let rest = async { tokio::join!(copied, begun) };
-        let (devices, (memory, begun)) = if machine.rests_while_saving() {
-            tokio::join!(machine.save_devices(), rest)
-        } else {
-            (machine.save_devices().await, rest.await)
-        };
+        let taken = parts.take(Order::of(&**machine)).await;
         faults::point("capture.taken");
-        begun?;
+        let (devices, memory) = taken?;
         Ok(Still {
-            devices: devices?,
-            memory: memory?,
+            devices,
+            memory,
             disk,
         })
     }

@@ -9,6 +9,7 @@ mod create;
 pub(crate) mod disks;
 mod driver;
 pub(crate) mod fork;
+mod instant;
 mod link;
 mod loadable;
 mod log_watch;

@@ -24,11 +24,11 @@ use hypeman_core::snapshot::choose_delay;
 use hypeman_guest_api::AgentKey;
 use hypeman_vmm::{Machine, Restore};
 use jiff::Timestamp;
-use tokio::sync::Notify;
 
 use super::added_memory::Added;
 use super::boot::{guest_config, kill, machine_spec};
 use super::driver::{Driver, Owed, Run};
+use super::instant::{Order, Parts};
 use super::link::{Link, Welcome};
 use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
@@ -145,43 +145,42 @@ impl Driver {
         Ok((changed, kept.hold))
     }
 
-    /// Devices and memory of a paused machine, at the same time where the VMM leaves memory alone meanwhile. Both to
-    /// their end: what is being written must be done before a guest goes on.
+    /// Devices and memory of a paused machine, at the same time where the VMM leaves memory alone meanwhile. What is being
+    /// written is done when this returns, also where it fails: the guest goes on then.
     async fn keep_all(
         &self,
         machine: &Arc<dyn Machine>,
         directory: PathBuf,
     ) -> Result<(state::Devices, Kept), EngineError> {
-        let rests = machine.rests_while_saving();
-        let saved = Notify::new();
-        let devices = async {
-            let devices = machine.save_devices().await;
-            saved.notify_one();
-            let devices = devices?;
-            let write = move || {
-                make_private(&directory)?;
-                state::write_devices(&directory, &devices)
-            };
-            blocking(write).await
+        let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
+        let parts = Parts {
+            save: async { machine.save_devices().await.map_err(EngineError::from) },
+            keep: move |devices: Vec<u8>| {
+                blocking(move || {
+                    make_private(&directory)?;
+                    state::write_devices(&directory, &devices)
+                })
+            },
+            settle: self.shared.paging.settle(served),
+            // What is served is seen in the memory itself, which is opened only now.
+            memory: move |_served: bool| self.keep_memory(machine),
+            // It stays the instance's.
+            disk: std::future::ready(Ok(())),
         };
-        let memory = async {
-            if !rests {
-                saved.notified().await;
-            }
-            let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-            self.shared.paging.settle(served).await?;
-            let memory = machine.guest_memory().await?;
-            let frozen = blocking_io("look at guest memory", move || Frozen::live(memory)).await?;
-            let kept = self
-                .shared
-                .vault
-                .keep(self.record.memory_bytes, self.lineage(), frozen)
-                .await;
-            faults::point("standby.memory");
-            kept
-        };
-        let (devices, kept) = tokio::join!(devices, memory);
-        Ok((devices?, kept?))
+        parts.take(Order::of(&**machine)).await
+    }
+
+    /// Makes the memory of a machine that stands still an image.
+    async fn keep_memory(&self, machine: &Arc<dyn Machine>) -> Result<Kept, EngineError> {
+        let memory = machine.guest_memory().await?;
+        let frozen = blocking_io("look at guest memory", move || Frozen::live(memory)).await?;
+        let kept = self
+            .shared
+            .vault
+            .keep(self.record.memory_bytes, self.lineage(), frozen)
+            .await;
+        faults::point("standby.memory");
+        kept
     }
 
     /// The state is safe: the machine may go. Paused as it is it does nothing any more, so nobody waits for its end but

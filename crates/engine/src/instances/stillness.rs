@@ -98,7 +98,7 @@ impl Driver {
     /// Notes whether the capture has ended the connections to the guest, so that those who use them are told why. To be
     /// asked before the guest goes on: from then on it refuses what still comes on them.
     pub(super) fn note_cut(&self, machine: &Arc<dyn Machine>, held: Held) -> Held {
-        let cut = held.cut || machine.connections_have_ended();
+        let cut = held.cut || machine.connections_have_ended() || faults::cuts_connections();
         if cut && let Some(client) = self.slot.live.client() {
             client.note_captured();
         }

@@ -16,6 +16,8 @@ mod configuration;
 mod files;
 mod hold;
 mod machine;
+#[cfg(test)]
+mod saving_tests;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
