@@ -25,7 +25,7 @@ use jiff::Timestamp;
 
 use super::disks;
 use super::driver::Driver;
-use super::instant::{Order, Parts};
+use super::instant::{Moment, Order};
 use super::request::Operation;
 use crate::blocking::{blocking, blocking_io};
 use crate::layout::make_private;
@@ -212,7 +212,7 @@ impl Driver {
         machine.pause().await?;
         faults::point("capture.paused");
         let name = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        let parts = Parts {
+        let moment = Moment {
             save: async { machine.save_devices().await.map_err(EngineError::from) },
             keep: |devices: Vec<u8>| std::future::ready(Ok(devices)),
             settle: self.shared.paging.settle(name),
@@ -226,7 +226,7 @@ impl Driver {
                 }
             },
         };
-        let taken = parts.take(Order::of(&**machine)).await;
+        let taken = moment.take(Order::of(&**machine)).await;
         faults::point("capture.taken");
         let (devices, memory) = taken?;
         Ok(Still {

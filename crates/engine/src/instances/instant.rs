@@ -37,8 +37,8 @@ impl Order {
     }
 }
 
-/// The ways to all that is taken. None of them is begun before [`Parts::take`].
-pub(super) struct Parts<Save, Keep, Settle, Memory, Disk> {
+/// One instant of a paused machine: the ways to all that is taken of it. None of them is begun before [`Moment::take`].
+pub(super) struct Moment<Save, Keep, Settle, Memory, Disk> {
     /// Saves the devices.
     pub(super) save: Save,
     /// Puts their state where it is to be.
@@ -51,7 +51,7 @@ pub(super) struct Parts<Save, Keep, Settle, Memory, Disk> {
     pub(super) disk: Disk,
 }
 
-impl<Save, Keep, Settle, Memory, Disk> Parts<Save, Keep, Settle, Memory, Disk> {
+impl<Save, Keep, Settle, Memory, Disk> Moment<Save, Keep, Settle, Memory, Disk> {
     /// Takes all of it from a paused machine: the devices as they were kept, and the memory.
     ///
     /// # Errors
@@ -124,7 +124,7 @@ mod tests {
         let steps = RefCell::new(Vec::new());
         let note = |step: &'static str| steps.borrow_mut().push(step);
         let note = &note;
-        let parts = Parts {
+        let moment = Moment {
             save: async move {
                 note("saving");
                 tokio::task::yield_now().await;
@@ -151,7 +151,7 @@ mod tests {
                 outcome(false)
             },
         };
-        let whole = parts.take(order).await.is_ok();
+        let whole = moment.take(order).await.is_ok();
         (whole, steps.take())
     }
 

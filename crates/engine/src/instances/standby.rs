@@ -28,7 +28,7 @@ use jiff::Timestamp;
 use super::added_memory::Added;
 use super::boot::{guest_config, kill, machine_spec};
 use super::driver::{Driver, Owed, Run};
-use super::instant::{Order, Parts};
+use super::instant::{Moment, Order};
 use super::link::{Link, Welcome};
 use super::loadable::{Diligence, Loadable, Parts};
 use super::model::{InstanceRecord, RunRecord, StandbyRecord};
@@ -153,7 +153,7 @@ impl Driver {
         directory: PathBuf,
     ) -> Result<(state::Devices, Kept), EngineError> {
         let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        let parts = Parts {
+        let moment = Moment {
             save: async { machine.save_devices().await.map_err(EngineError::from) },
             keep: move |devices: Vec<u8>| {
                 blocking(move || {
@@ -167,7 +167,7 @@ impl Driver {
             // It stays the instance's.
             disk: std::future::ready(Ok(())),
         };
-        parts.take(Order::of(&**machine)).await
+        moment.take(Order::of(&**machine)).await
     }
 
     /// Makes the memory of a machine that stands still an image.
