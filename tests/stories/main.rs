@@ -44,3 +44,4 @@ mod snapshots_many;
 mod snapshots_schedules;
 mod snapshots_sharing;
 mod snapshots_travel;
+mod versions;

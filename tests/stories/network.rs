@@ -245,3 +245,65 @@ async fn a_fork_loses_the_connections_of_its_source_at_once_and_the_source_keeps
         source.delete().await;
     }
 }
+
+/// Four mebibytes at an eighth of that a second, of which the first second may come at once.
+const LIMITED: usize = 4 << 20;
+
+#[tokio::test]
+async fn bandwidth_is_limited_each_way_on_firecracker() {
+    skip_unless!(
+        have("busybox") && is_root() && have("ip") && have("nft"),
+        "needs root, ip, nft and busybox-static"
+    );
+    if !hypeman_tests::told_on("firecracker") {
+        return;
+    }
+    let _namespace = or_skip!(Namespace::enter(), "cannot make network namespaces here");
+    let server = Server::start().await;
+    let image = server.busybox().await;
+    let network = json!({"enabled": true, "bandwidth_download": "512KB/s", "bandwidth_upload": "512KB/s"});
+    let guest = server
+        .run(&image, json!({"hypervisor": "firecracker", "network": network}))
+        .await;
+    guest
+        .output(
+            "sh -c 'nc -l -p 7777 </dev/zero >/dev/null' >/dev/null 2>&1 </dev/null & \
+             sh -c 'nc -l -p 7778 </dev/null >/dev/shm/heard; echo over >/dev/shm/over' >/dev/null 2>&1 </dev/null &",
+        )
+        .await;
+    let address: std::net::IpAddr = address_in(&guest).await.parse().unwrap();
+    let reach = async |port: u16| {
+        let connection = std::cell::RefCell::new(None);
+        hypeman_tests::eventually("it listens", || async {
+            let made = std::net::TcpStream::connect((address, port)).ok();
+            *connection.borrow_mut() = made;
+            connection.borrow().is_some()
+        })
+        .await;
+        connection.into_inner().unwrap()
+    };
+    // Faster than promised is the only failure; a busy host is not.
+    let least = std::time::Duration::from_secs(5);
+
+    let mut from_guest = reach(7777).await;
+    let began = std::time::Instant::now();
+    std::io::Read::read_exact(&mut from_guest, &mut vec![0; LIMITED]).unwrap();
+    let took = began.elapsed();
+    println!("4 MiB from the guest at 512 KiB/s: {took:?}");
+    assert!(took > least, "{took:?}");
+    drop(from_guest);
+
+    let mut to_guest = reach(7778).await;
+    let began = std::time::Instant::now();
+    std::io::Write::write_all(&mut to_guest, &vec![1; LIMITED]).unwrap();
+    drop(to_guest);
+    hypeman_tests::eventually("all of it has come", || async {
+        guest.shell("test -e /dev/shm/over").await.exit_code == 0
+    })
+    .await;
+    let took = began.elapsed();
+    println!("4 MiB to the guest at 512 KiB/s: {took:?}");
+    assert!(took > least, "{took:?}");
+    assert_eq!(guest.output("wc -c </dev/shm/heard").await, LIMITED.to_string());
+    guest.delete().await;
+}

@@ -79,7 +79,7 @@ async fn capabilities_and_resources_tell_the_truth() {
 }
 
 /// A program that says which version of a VMM it is, and is none.
-fn says(path: &std::path::Path, banner: &str) {
+pub(crate) fn says(path: &std::path::Path, banner: &str) {
     use std::os::unix::fs::PermissionsExt;
     // Under another name first: a program that is being written cannot be started.
     let fresh = path.with_extension("new");

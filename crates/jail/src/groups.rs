@@ -46,13 +46,16 @@ impl Groups {
     /// # Errors
     /// There are none of version 2 here, or they are not ours to use; in words for an operator.
     pub(crate) fn open() -> Result<Self, String> {
-        let root = Path::new(ROOT);
+        Self::open_in(Path::new(ROOT))
+    }
+
+    fn open_in(root: &Path) -> Result<Self, String> {
         let is_version_2 = rustix::fs::statfs(root).is_ok_and(|about| about.f_type == CGROUP2);
         if !is_version_2 {
             return Err(match root.join("memory").is_dir() {
                 true => "this host has control groups of version 1: boot it with systemd.unified_cgroup_hierarchy=1"
                     .to_owned(),
-                false => "no control groups are mounted at /sys/fs/cgroup".to_owned(),
+                false => format!("no control groups are mounted at {}", root.display()),
             });
         }
         let parent = root.join(PARENT);
@@ -71,6 +74,19 @@ impl Groups {
             })
             .collect();
         Ok(Self { parent, controllers })
+    }
+
+    /// Why no machine here gets this limit, where the host keeps its controller to itself.
+    pub(crate) fn missing(&self, item: Item) -> Option<String> {
+        let controller = match item {
+            Item::Cpu => "cpu",
+            Item::Memory => "memory",
+            Item::Processes => "pids",
+            Item::Io => "io",
+            _ => return None,
+        };
+        (!self.controllers.contains(&controller))
+            .then(|| format!("the controller {controller} is not available in {ROOT}"))
     }
 
     /// Removes the groups of machines that are gone. `reserve` holds a user id that no live machine has.
@@ -95,13 +111,10 @@ impl Groups {
             _ => {}
         }
         let mut items = Vec::new();
-        for (item, controller, file, value) in settings(limits) {
-            let missing = match value {
-                Err(reason) => Some(reason),
-                Ok(_) if !self.controllers.contains(&controller) => {
-                    Some(format!("the controller {controller} is not available in {ROOT}"))
-                }
-                Ok(value) => fs::write(path.join(file), &value)
+        for (item, file, value) in settings(limits) {
+            let missing = match (value, self.missing(item)) {
+                (Err(reason), _) | (Ok(_), Some(reason)) => Some(reason),
+                (Ok(value), None) => fs::write(path.join(file), &value)
                     .err()
                     .map(|error| format!("cannot write {value:?} to {file}: {error}")),
             };
@@ -113,26 +126,26 @@ impl Groups {
     }
 }
 
-type Setting = (Item, &'static str, &'static str, Result<String, String>);
+type Setting = (Item, &'static str, Result<String, String>);
 
 /// The files of a group and what goes into them.
 fn settings(limits: &Limits) -> Vec<Setting> {
     let mut settings: Vec<Setting> = Vec::new();
     if let Some(processors) = limits.processors {
         let quota = u64::from(processors.max(1)) * PERIOD;
-        settings.push((Item::Cpu, "cpu", "cpu.max", Ok(format!("{quota} {PERIOD}"))));
+        settings.push((Item::Cpu, "cpu.max", Ok(format!("{quota} {PERIOD}"))));
     }
     if let Some(bytes) = limits.memory_bytes {
-        settings.push((Item::Memory, "memory", "memory.max", Ok(bytes.to_string())));
+        settings.push((Item::Memory, "memory.max", Ok(bytes.to_string())));
     }
     if let Some(processes) = limits.processes {
-        settings.push((Item::Processes, "pids", "pids.max", Ok(processes.to_string())));
+        settings.push((Item::Processes, "pids.max", Ok(processes.to_string())));
     }
     if let (Some(rate), Some(file)) = (limits.disk_bytes_per_second, &limits.disk) {
         let value = disk_of(file)
             .map(|(major, minor)| format!("{major}:{minor} rbps={rate} wbps={rate}"))
             .map_err(|error| format!("cannot tell the disk of {}: {error}", file.display()));
-        settings.push((Item::Io, "io", "io.max", value));
+        settings.push((Item::Io, "io.max", value));
     }
     settings
 }
@@ -170,12 +183,76 @@ mod tests {
         };
         let lines: Vec<_> = settings(&limits)
             .into_iter()
-            .map(|(_, _, file, value)| format!("{file} {}", value.unwrap()))
+            .map(|(_, file, value)| format!("{file} {}", value.unwrap()))
             .collect();
         assert_eq!(
             lines,
             ["cpu.max 300000 100000", "memory.max 1073741824", "pids.max 64"]
         );
         assert!(settings(&Limits::default()).is_empty());
+    }
+
+    #[test]
+    fn disk_traffic_is_limited_on_the_whole_disk_or_not_at_all() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let limits = Limits {
+            disk_bytes_per_second: Some(100),
+            disk: Some(file.path().to_owned()),
+            ..Limits::default()
+        };
+        let (item, name, value) = settings(&limits).remove(0);
+        assert_eq!((item, name), (Item::Io, "io.max"));
+        match disk_of(file.path()) {
+            Ok((major, minor)) => assert_eq!(value.unwrap(), format!("{major}:{minor} rbps=100 wbps=100")),
+            Err(error) => assert!(value.unwrap_err().contains(&error.to_string())),
+        }
+    }
+
+    #[test]
+    fn hosts_without_groups_of_version_2_are_told_what_to_do() {
+        let root = tempfile::tempdir().unwrap();
+        let said = Groups::open_in(root.path()).unwrap_err();
+        assert!(said.contains("no control groups are mounted"), "{said}");
+        fs::create_dir(root.path().join("memory")).unwrap();
+        let said = Groups::open_in(root.path()).unwrap_err();
+        assert!(
+            said.contains("version 1") && said.contains("systemd.unified_cgroup_hierarchy=1"),
+            "{said}"
+        );
+        assert_eq!(
+            fs::read_dir(root.path()).unwrap().count(),
+            1,
+            "nothing is made there"
+        );
+    }
+
+    #[test]
+    fn a_controller_that_is_not_ours_takes_its_own_limit_only() {
+        let parent = tempfile::tempdir().unwrap();
+        let groups = Groups {
+            parent: parent.path().to_owned(),
+            controllers: vec!["cpu", "pids"],
+        };
+        let limits = Limits {
+            memory_bytes: Some(1 << 30),
+            processors: Some(3),
+            processes: Some(64),
+            ..Limits::default()
+        };
+        let group = groups.make(7, &limits).unwrap();
+        let memory = groups.missing(Item::Memory);
+        assert!(
+            memory.as_ref().unwrap().contains("controller memory"),
+            "{memory:?}"
+        );
+        assert!(groups.missing(Item::Io).unwrap().contains("controller io"));
+        assert_eq!(
+            group.items,
+            [(Item::Cpu, None), (Item::Memory, memory), (Item::Processes, None)]
+        );
+        let written = |file: &str| fs::read_to_string(parent.path().join("vm-7").join(file));
+        assert_eq!(written("cpu.max").unwrap(), "300000 100000");
+        assert_eq!(written("pids.max").unwrap(), "64");
+        assert!(written("memory.max").is_err());
     }
 }

@@ -136,7 +136,11 @@ impl Jail {
         let mut report = Report::default();
         Self::note_always(&mut report, ability);
         for item in [Item::Processes, Item::Cpu, Item::Memory, Item::Io] {
-            let missing = ability.groups.as_ref().err().cloned();
+            let missing = match &ability.groups {
+                Ok(groups) => groups.missing(item),
+                Err(reason) => Some(reason.clone()),
+            };
+            // Held by the limit of its user alone, too.
             report.note(item, missing.filter(|_| item != Item::Processes));
         }
         report

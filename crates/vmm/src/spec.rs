@@ -87,6 +87,12 @@ pub struct Nic {
     pub tap: String,
     /// MAC address, `02:…` lower case with colons.
     pub mac: String,
+    /// Most bytes a second towards the guest. Only Firecracker has such a limit of its own; a captured state brings its.
+    #[serde(default)]
+    pub download: Option<u64>,
+    /// Most bytes a second from the guest, likewise.
+    #[serde(default)]
+    pub upload: Option<u64>,
 }
 
 /// Where the host connects to reach the guest's agent.

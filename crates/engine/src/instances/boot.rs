@@ -261,6 +261,8 @@ pub(super) fn machine_spec(
         nic: record.network.as_ref().map(|network| Nic {
             tap: network.tap.clone(),
             mac: network.mac.clone(),
+            download: network.bandwidth_download,
+            upload: network.bandwidth_upload,
         }),
         workload_log: layout.logs(&record.id).join("app.log"),
         vmm_log: layout.logs(&record.id).join("vmm.log"),

@@ -123,6 +123,8 @@ impl Machines {
             nic: Some(Nic {
                 tap: tap.name.clone(),
                 mac: format!("02:00:00:00:{:02x}:fe", tap.network[2]),
+                download: None,
+                upload: None,
             }),
             workload_log: runtime_directory.join("app.log"),
             vmm_log: runtime_directory.join("vmm.log"),

@@ -34,6 +34,8 @@ fn spec() -> MachineSpec {
         nic: Some(Nic {
             tap: "hype-abc".to_owned(),
             mac: "02:00:00:00:00:01".to_owned(),
+            download: None,
+            upload: None,
         }),
         host_devices: Vec::new(),
         workload_log: "/data/abc/app.log".into(),

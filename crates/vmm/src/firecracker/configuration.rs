@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::files::{GUEST_SOCKET, STATE, disk};
 use crate::spec::text;
-use crate::{IoLimit, MachineSpec, MemoryBacking, VmmError, VmmKind};
+use crate::{MachineSpec, MemoryBacking, VmmError, VmmKind};
 
 const MEBIBYTE: u64 = 1 << 20;
 /// The guest's number on its own bus; every machine has its own bus.
@@ -63,7 +63,9 @@ pub(super) fn boot(spec: &MachineSpec, command_line: &str) -> Value {
                 "io_engine": "Sync",
             });
             if let Some(limit) = of_spec.limit {
-                drive["rate_limiter"] = json!({ "bandwidth": bucket(limit) });
+                drive["rate_limiter"] = json!({
+                    "bandwidth": bucket(limit.bytes_per_second, limit.burst_bytes_per_second),
+                });
             }
             drive
         })
@@ -71,7 +73,16 @@ pub(super) fn boot(spec: &MachineSpec, command_line: &str) -> Value {
     let nics: Vec<Value> = spec
         .nic
         .iter()
-        .map(|nic| json!({ "iface_id": NIC, "host_dev_name": nic.tap, "guest_mac": nic.mac }))
+        .map(|nic| {
+            let mut interface = json!({ "iface_id": NIC, "host_dev_name": nic.tap, "guest_mac": nic.mac });
+            // Both are named from the side of the guest.
+            for (name, limit) in [("rx_rate_limiter", nic.download), ("tx_rate_limiter", nic.upload)] {
+                if let Some(rate) = limit {
+                    interface[name] = json!({ "bandwidth": bucket(rate, rate) });
+                }
+            }
+            interface
+        })
         .collect();
     json!({
         "boot-source": {
@@ -124,11 +135,12 @@ pub(super) fn load(spec: &MachineSpec, memory: &MemoryBacking) -> Result<Value, 
     }))
 }
 
-fn bucket(limit: IoLimit) -> Value {
-    let sustained = limit.bytes_per_second.max(1);
+/// Both in bytes a second.
+fn bucket(sustained: u64, burst: u64) -> Value {
+    let sustained = sustained.max(1);
     json!({
         "size": sustained,
-        "one_time_burst": limit.burst_bytes_per_second.saturating_sub(sustained),
+        "one_time_burst": burst.saturating_sub(sustained),
         "refill_time": REFILL_MILLISECONDS,
     })
 }
@@ -138,7 +150,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::{Disk, MemoryBacking, Nic};
+    use crate::{Disk, IoLimit, MemoryBacking, Nic};
 
     fn spec() -> MachineSpec {
         MachineSpec {
@@ -170,6 +182,8 @@ mod tests {
             nic: Some(Nic {
                 tap: "hm-1".to_owned(),
                 mac: "02:00:00:00:00:01".to_owned(),
+                download: None,
+                upload: None,
             }),
             workload_log: PathBuf::from("/l/app.log"),
             vmm_log: PathBuf::from("/l/vmm.log"),
@@ -190,6 +204,31 @@ mod tests {
             (&bucket["size"], &bucket["one_time_burst"]),
             (&json!(1000), &json!(3000))
         );
+    }
+
+    #[test]
+    fn traffic_is_limited_each_way_by_itself() {
+        let limited = |download, upload| {
+            let mut spec = spec();
+            let nic = spec.nic.as_mut().unwrap();
+            (nic.download, nic.upload) = (download, upload);
+            boot(&spec, "")["network-interfaces"][0].clone()
+        };
+        let free = limited(None, None);
+        assert_eq!(
+            (free.get("rx_rate_limiter"), free.get("tx_rate_limiter")),
+            (None, None)
+        );
+        let one_way = limited(Some(5000), None);
+        assert_eq!(one_way.get("tx_rate_limiter"), None);
+        let bucket = &one_way["rx_rate_limiter"]["bandwidth"];
+        assert_eq!(
+            bucket,
+            &json!({ "size": 5000, "one_time_burst": 0, "refill_time": 1000 })
+        );
+        let both = limited(Some(5000), Some(7000));
+        assert_eq!(both["rx_rate_limiter"]["bandwidth"]["size"], 5000);
+        assert_eq!(both["tx_rate_limiter"]["bandwidth"]["size"], 7000);
     }
 
     #[test]

@@ -251,6 +251,8 @@ mod tests {
         stand_in.spec.nic = Some(Nic {
             tap: name,
             mac: "02:00:00:00:00:01".to_owned(),
+            download: None,
+            upload: None,
         });
         let script = r#"
             test -e /dev/net && echo "sees the device"

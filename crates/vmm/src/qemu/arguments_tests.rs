@@ -58,6 +58,8 @@ fn full() -> MachineSpec {
     spec.nic = Some(Nic {
         tap: "hype-abc".to_owned(),
         mac: "02:00:00:00:00:01".to_owned(),
+        download: None,
+        upload: None,
     });
     spec
 }
