@@ -134,10 +134,9 @@ fn served_rows(section: &mut Section, rounds: &[Round], name: impl Fn(&str) -> S
          along included; the bench pager compares with exactly what is touched",
         name("framed, read from the store")
     ));
-    let waits: [(&str, fn(&Served) -> Duration); 2] =
-        [("p50", |served| served.p50), ("p99", |served| served.p99)];
-    for (percent, of) in waits {
-        let waited: Sample = served.iter().map(|(_, served)| of(served)).collect();
+    let p50: Sample = served.iter().map(|(_, served)| served.p50).collect();
+    let p99: Sample = served.iter().map(|(_, served)| served.p99).collect();
+    for (percent, waited) in [("p50", p50), ("p99", p99)] {
         let median = waited.median().as_secs_f64() * 1e6;
         section.row(
             &name(&format!("framed, fault {percent}")),
