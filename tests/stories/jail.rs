@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 
-use hypeman_tests::{Guest, Server, ServerOptions, have, hypervisors, is_root, skip_unless};
+use hypeman_tests::{Guest, Server, ServerOptions, eventually, have, hypervisors, is_root, skip_unless};
 use serde_json::{Value, json};
 
 fn server_with(settings: Vec<(&'static str, Value)>) -> ServerOptions {
@@ -69,6 +69,46 @@ fn holds(pid: u32, jail: &Value) {
     assert_eq!(limit("Max open files"), "4096");
     assert_ne!(limit("Max file size"), "unlimited");
     assert_ne!(limit("Max processes"), "unlimited");
+}
+
+/// What each guest of [`every_vmm_is_confined_and_inspect_tells_how`] has, as [`is_limited`] knows.
+fn of_known_size(hypervisor: &str) -> Value {
+    json!({"hypervisor": hypervisor, "name": hypervisor, "size": "128MB", "vcpus": 1, "disk_io_bps": "1GB/s"})
+}
+
+/// Compares the limits that the API tells of with what the kernel holds the VMM to.
+fn is_limited(pid: u32, jail: &Value) {
+    let (active, missing) = (items(jail, "active"), items(jail, "missing"));
+    let group = format!("hypeman/vm-{}", jail["user"]);
+    let held = |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{group}/{file}"));
+    let member = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    // The guest's memory and 2 GiB, its processor and one more, two disks that may burst to four times their rate.
+    let memory = (128_u64 << 20) + (2 << 30);
+    let traffic = 2 * 4 * (1_u64 << 30);
+    for (item, file, value) in [
+        ("processes", "pids.max", "1024".to_owned()),
+        ("cpu", "cpu.max", "200000 100000".to_owned()),
+        ("memory", "memory.max", memory.to_string()),
+        (
+            "io",
+            "io.max",
+            format!("rbps={traffic} wbps={traffic} riops=max wiops=max"),
+        ),
+    ] {
+        assert!(active.contains(item) != missing.contains(item), "{item}: {jail}");
+        // Processes are limited without a controller, too.
+        if !active.contains(item) || (item == "processes" && held(file).is_err()) {
+            continue;
+        }
+        assert!(member.lines().any(|line| line.ends_with(&group)), "{member}");
+        let held = held(file).unwrap();
+        let line = match item {
+            // The disk is named before.
+            "io" => held.trim_end().split_once(' ').unwrap().1,
+            _ => held.trim_end(),
+        };
+        assert_eq!(line, value, "{file}");
+    }
 }
 
 /// The VMM filters its own system calls beside the jail, in each thread that runs guest code or hears commands.
@@ -147,12 +187,11 @@ async fn every_vmm_is_confined_and_inspect_tells_how() {
     let mut users = BTreeSet::new();
     let mut guests = Vec::new();
     for hypervisor in hypervisors() {
-        let guest = server
-            .run(&image, json!({"hypervisor": hypervisor, "name": hypervisor}))
-            .await;
+        let guest = server.run(&image, of_known_size(hypervisor)).await;
         let (pid, jail) = vmm_of(&server, &guest).await;
         assert_eq!(jail["enabled"], true, "{jail}");
         holds(pid, &jail);
+        is_limited(pid, &jail);
         filters_itself(pid, hypervisor, &guest.inspect().await);
         assert!(users.insert(jail["user"].as_i64().unwrap()), "{jail}");
         // Nothing of the data directory is in sight but what it boots from; where a VMM opens its disks by name, those.
@@ -198,22 +237,27 @@ async fn every_vmm_is_confined_and_inspect_tells_how() {
         assert_eq!(guest.output("echo fine").await, "fine");
     }
 
-    // So does one that is restored.
-    let (first, ..) = &guests[0];
-    let id = first.inspect().await["id"].as_str().unwrap().to_owned();
-    let of = |command: &str| format!("/instances/{id}/{command}");
-    server.client().post_empty(&of("standby")).await.expect(200);
-    assert_eq!(first.inspect().await["jail"], Value::Null);
-    server.client().post_empty(&of("restore")).await.expect(200);
-    let (pid, jail) = vmm_of(&server, first).await;
-    holds(pid, &jail);
-    let instance = first.inspect().await;
-    filters_itself(pid, instance["hypervisor"].as_str().unwrap(), &instance);
-    assert_eq!(first.output("echo back").await, "back");
+    // So are those that are restored.
+    for (guest, ..) in &guests {
+        guest.standby().await;
+        assert_eq!(guest.inspect().await["jail"], Value::Null);
+        eventually("its VMM ends", || async {
+            let vmms = server.vmms();
+            !vmms.iter().any(|vmm| vmm.command_line.contains(&guest.id))
+        })
+        .await;
+        guest.restore().await;
+        let (pid, jail) = vmm_of(&server, guest).await;
+        holds(pid, &jail);
+        is_limited(pid, &jail);
+        let instance = guest.inspect().await;
+        filters_itself(pid, instance["hypervisor"].as_str().unwrap(), &instance);
+        assert_eq!(guest.output("echo back").await, "back");
 
-    let shown = server.command_line().run(&["inspect", &id]).await.ok();
-    let line = shown.lines().find(|line| line.starts_with("Jail")).unwrap();
-    assert!(line.contains(&format!("user {}", jail["user"])), "{line}");
+        let shown = server.command_line().run(&["inspect", &guest.id]).await.ok();
+        let line = shown.lines().find(|line| line.starts_with("Jail")).unwrap();
+        assert!(line.contains(&format!("user {}", jail["user"])), "{line}");
+    }
     let doctor = server.command_line().run(&["doctor"]).await;
     let line = doctor
         .stdout

@@ -1,6 +1,6 @@
 //! Memory that comes page by page: who serves it outlives the server, and is missed aloud when it is silent or gone.
 
-use hypeman_tests::{Server, ServerOptions, have, pagers_of, skip_unless, told_on};
+use hypeman_tests::{Server, ServerOptions, eventually, have, pagers_of, skip_unless, told_on};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -78,5 +78,60 @@ async fn a_pager_outlives_the_server_and_its_silence_and_its_end_are_told() {
     assert_eq!(server.vmms(), vec![]);
     guest.start(json!({})).await;
     assert_eq!(guest.output("cat /root/note").await, "before");
+    guest.delete().await;
+}
+
+#[tokio::test]
+async fn where_no_pager_can_be_started_memory_is_expanded_unless_it_must_be_served() {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    if !told_on("firecracker") {
+        return;
+    }
+    let mut server = Server::start_with(ServerOptions {
+        settings: vec![("hypervisor.firecracker.pager", json!("auto"))],
+        ..ServerOptions::default()
+    })
+    .await;
+    let refused = server.log().contains("page faults cannot be served");
+    skip_unless!(!refused, "needs userfaultfd");
+    let image = server.busybox().await;
+    let guest = server
+        .counting(&image, json!({"hypervisor": "firecracker"}))
+        .await;
+    // A pager that cannot have its log is not started.
+    let log = server.data_directory().join("system/pager.log");
+    std::fs::create_dir(&log).unwrap();
+    let compressed = json!({"compression": {"enabled": true, "algorithm": "lz4"}, "compression_delay": "0s"});
+    let memory = server.data_directory().join("memory");
+    let only_frames = || async {
+        let images: Vec<_> = std::fs::read_dir(&memory).unwrap().flatten().collect();
+        let with = |name: &str| images.iter().any(|image| image.path().join(name).exists());
+        with("frames.index") && !with("memory.raw")
+    };
+    guest.post("/standby", &compressed).await.expect(200);
+    eventually("only frames are left", only_frames).await;
+    guest.restore().await;
+    guest.goes_on(0).await;
+    assert!(
+        server.log().contains("no pager serves this memory"),
+        "{}",
+        server.log()
+    );
+    assert_eq!(pagers_of(server.data_directory()), vec![]);
+
+    guest.post("/standby", &compressed).await.expect(200);
+    eventually("only frames are left", only_frames).await;
+    assert!(server.terminate());
+    let always = ("HYPERVISOR__FIRECRACKER__PAGER".to_owned(), "always".to_owned());
+    server.start_again_with(vec![always]).await;
+    let message = guest.post_empty("/restore").await.refused(409, "restore_failed");
+    assert!(message.contains("the pager cannot be started"), "{message}");
+    assert_eq!(guest.inspect().await["state"], "Standby");
+    assert_eq!(server.vmms(), vec![]);
+
+    std::fs::remove_dir(&log).unwrap();
+    guest.restore().await;
+    assert_eq!(pagers_of(server.data_directory()).len(), 1);
+    guest.goes_on(0).await;
     guest.delete().await;
 }

@@ -61,6 +61,9 @@ async fn capabilities_and_resources_tell_the_truth() {
         };
         assert_eq!(runtime["available"], ours, "{runtime}");
         assert_eq!(runtime["unavailable_reason"].is_string(), !ours, "{runtime}");
+        // No call hands over a device yet.
+        let abilities = runtime["features"].as_array().unwrap();
+        assert!(!abilities.contains(&json!("gpu-passthrough")), "{runtime}");
     }
     let features = capabilities["features"].as_array().unwrap();
     for feature in ["instances", "images", "exec", "logs"] {

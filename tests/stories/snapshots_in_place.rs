@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hypeman_tests::{Guest, Server, Snapshot, flip, have, hypervisors, skip_unless};
+use hypeman_tests::{Guest, Server, Snapshot, any_hypervisor, flip, have, hypervisors, skip_unless};
 use serde_json::json;
 
 use crate::snapshots_damage::parts;
@@ -75,8 +75,12 @@ async fn what_does_not_fit_this_host_is_refused_by_name_and_nothing_is_given_up_
     guest.output("echo after > /root/note && sync").await;
     let counted = guest.count().await;
     guest.standby().await;
+    let version_advice = match any_hypervisor().starts_with("qemu") {
+        true => "hypervisor.qemu_binary_path",
+        false => "install that version",
+    };
     for (part, value, named, advice) in [
-        ("version", "0.0.1", "version 0.0.1", "install that version"),
+        ("version", "0.0.1", "version 0.0.1", version_advice),
         ("machine", "pc-0.1", "machine type pc-0.1", "install a build"),
         ("cpu", "Z80", "processor Z80", "on a host with that one"),
     ] {

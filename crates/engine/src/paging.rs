@@ -4,6 +4,8 @@
 //!  restore ──► serve: the pager listens for this machine, for this image ──► VMM connects ──► pages as they are asked for
 //!                                                                              │
 //!               the pager fails, or is gone ──► condemned with the reason ──► killed    all memory is there ──► forgotten
+//!
+//!  no pager takes the machine ──► auto: its memory is expanded after all     always: the restore fails
 //! ```
 //! Invariant: a machine that waits for a page that nobody gives is killed, by whoever notices first: the watch of a
 //! running server, or the recovery of the next one. It never just hangs.
@@ -33,13 +35,33 @@ const SOCKET: &str = "pages.sock";
 /// When pages are served.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PagingMode {
-    /// Where memory would have to be expanded first.
+    /// Where memory would have to be expanded first; expanded after all where no pager takes the machine.
     #[default]
     Auto,
     /// Never.
     Off,
-    /// Wherever the VMM can ask for them.
+    /// Wherever the VMM can ask for them. A restore fails where no pager takes the machine.
     Always,
+}
+
+/// What becomes of a restore that no pager takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unserved {
+    /// Its memory is expanded, as on a host without pagers.
+    Expanded,
+    /// It fails: served memory was insisted on.
+    Refused,
+    /// It fails: its memory is not what was stored, however it is laid out.
+    Damaged,
+}
+
+/// Decides by what the pager, or the lack of one, said.
+fn unserved(mode: PagingMode, error: &PagerError) -> Unserved {
+    match (mode, error) {
+        (_, PagerError::Refused(refused)) if refused.code == RefusedCode::Damaged => Unserved::Damaged,
+        (PagingMode::Always, _) => Unserved::Refused,
+        (PagingMode::Auto | PagingMode::Off, _) => Unserved::Expanded,
+    }
 }
 
 /// How pages are served.
@@ -127,7 +149,7 @@ impl Paging {
         let mode = match possible.then(hypeman_pager::memory::probe) {
             Some(Ok(())) => options.mode,
             Some(Err(error)) => {
-                tracing::info!(%error, "page faults cannot be served on this host; memory is expanded instead");
+                tracing::warn!(%error, "page faults cannot be served on this host; memory is expanded instead");
                 PagingMode::Off
             }
             None => PagingMode::Off,
@@ -170,14 +192,18 @@ impl Paging {
         }
     }
 
-    /// Has a machine served from an image, which the caller holds.
+    /// Has a machine served from an image, which the caller holds. `None`: nobody serves it, and its memory is to be
+    /// expanded instead.
+    ///
+    /// # Errors
+    /// The image is damaged, or served memory was insisted on.
     pub(crate) async fn serve(
         &self,
         instance: &str,
         image: MemoryId,
         memory_bytes: u64,
         runtime: &std::path::Path,
-    ) -> Result<Serving, EngineError> {
+    ) -> Result<Option<Serving>, EngineError> {
         let suffix = random::hex::<4>().map_err(|error| EngineError::io("random name", error))?;
         let name = format!("{instance}-{suffix}");
         let socket = runtime.join(SOCKET);
@@ -193,19 +219,28 @@ impl Paging {
             working_set: true,
         };
         let served = match self.pager.register(registration).await {
-            Err(PagerError::Refused(refused)) if refused.code == RefusedCode::Damaged => {
-                tracing::error!(instance, %refused, "not restored");
-                return Err(EngineError::damaged("the memory image"));
+            Ok(served) => served,
+            Err(error) => {
+                return match unserved(self.mode, &error) {
+                    Unserved::Expanded => {
+                        tracing::warn!(instance, %error, "no pager serves this memory; it is expanded instead");
+                        Ok(None)
+                    }
+                    Unserved::Refused => Err(EngineError::RestoreFailed(error.to_string())),
+                    Unserved::Damaged => {
+                        tracing::error!(instance, %error, "not restored");
+                        Err(EngineError::damaged("the memory image"))
+                    }
+                };
             }
-            other => other.map_err(|error| EngineError::RestoreFailed(error.to_string()))?,
         };
-        Ok(Serving {
+        Ok(Some(Serving {
             served,
             pager: Arc::clone(&self.pager),
             name,
             socket,
             kept: false,
-        })
+        }))
     }
 
     /// Makes the page tables of a machine that stands still tell what it has. `false` when it is not served any more:
@@ -322,5 +357,74 @@ async fn condemn(shared: &Shared, name: &str, reason: &str) {
         if let Err(error) = machine.kill().await {
             tracing::error!(instance, %error, "not killed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use hypeman_pager::Refused;
+
+    use super::*;
+
+    #[test]
+    fn what_no_pager_takes_is_expanded_unless_it_is_damaged_or_pagers_are_insisted_on() {
+        let refused = |code| {
+            PagerError::Refused(Refused {
+                code,
+                message: "no".to_owned(),
+            })
+        };
+        let broken = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let socket = PathBuf::from("/run/pager.sock");
+        let lacks = [
+            PagerError::Start(broken()),
+            PagerError::Connect {
+                socket,
+                source: broken(),
+            },
+            PagerError::Gone("it has ended".to_owned()),
+            PagerError::Protocol("it does not say hello"),
+            PagerError::Io(broken()),
+            refused(RefusedCode::Protocol),
+            refused(RefusedCode::Draining),
+            refused(RefusedCode::Host),
+            refused(RefusedCode::Other),
+        ];
+        for error in lacks {
+            assert_eq!(unserved(PagingMode::Auto, &error), Unserved::Expanded, "{error}");
+            assert_eq!(unserved(PagingMode::Always, &error), Unserved::Refused, "{error}");
+        }
+        for mode in [PagingMode::Auto, PagingMode::Always] {
+            let damaged = refused(RefusedCode::Damaged);
+            assert_eq!(unserved(mode, &damaged), Unserved::Damaged, "{mode:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pager_that_cannot_be_started_is_missed_only_where_it_was_insisted_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let served = async |mode| {
+            let options = PagerOptions {
+                program: directory.path().join("nothing"),
+                directory: directory.path().join(DIRECTORY),
+                log: directory.path().join("pager.log"),
+                release: "1.0.0".to_owned(),
+                cache_bytes: 1 << 20,
+                graduate_after: None,
+            };
+            let paging = Paging {
+                mode,
+                pager: Arc::new(Pager::new(options)),
+                store: directory.path().to_owned(),
+            };
+            let image = "0".repeat(32).parse().unwrap();
+            paging.serve("one", image, 1 << 20, directory.path()).await
+        };
+        assert!(served(PagingMode::Auto).await.unwrap().is_none());
+        let refused = served(PagingMode::Always).await.unwrap_err();
+        assert!(matches!(refused, EngineError::RestoreFailed(_)), "{refused}");
+        assert!(refused.to_string().contains("cannot be started"), "{refused}");
     }
 }

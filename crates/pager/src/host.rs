@@ -30,6 +30,8 @@ use crate::protocol::{MachineState, Registration};
 const EVENTS: usize = 4096;
 /// A pager that was started may end at once, or be met while it ends.
 const ATTEMPTS: u32 = 3;
+/// How long one that was started may take to say who it is. It takes milliseconds on an idle machine.
+const START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How pagers are started.
 #[derive(Debug, Clone)]
@@ -289,10 +291,16 @@ impl Pager {
         loop {
             attempt += 1;
             let socket = self.spawn().map_err(PagerError::Start)?;
-            let reason = match PagerClient::connect(&socket, &self.options.release).await {
-                Err(PagerError::Gone(reason)) => reason,
-                Err(PagerError::Connect { source, .. }) => source.to_string(),
-                other => return other,
+            let connected = PagerClient::connect(&socket, &self.options.release);
+            let reason = match tokio::time::timeout(START_DEADLINE, connected).await {
+                Ok(Err(PagerError::Gone(reason))) => reason,
+                Ok(Err(PagerError::Connect { source, .. })) => source.to_string(),
+                Ok(other) => return other,
+                // Should it ever come to itself, it ends when nobody has asked for it.
+                Err(_) => {
+                    let _ = std::fs::remove_file(&socket);
+                    return Err(PagerError::Start(io::ErrorKind::TimedOut.into()));
+                }
             };
             let _ = std::fs::remove_file(&socket);
             if attempt == ATTEMPTS {

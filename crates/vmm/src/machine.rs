@@ -39,7 +39,8 @@ impl VmmKind {
     ];
 }
 
-/// Optional abilities, named as in `GET /capabilities`.
+/// Optional abilities, named as in `GET /capabilities`. What no call can ask for yet is not among them, though a driver may
+/// know how: `gpu-passthrough`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs)]
@@ -51,7 +52,6 @@ pub enum Feature {
     HotplugMemory,
     BalloonControl,
     Vsock,
-    GpuPassthrough,
     DiskIoLimit,
     DiskResize,
     /// Exec sessions and copies in a running guest outlive a snapshot of it (see [`Machine::connections_have_ended`]).

@@ -170,8 +170,9 @@ impl Driver {
                 let runtime = shared.layout.instance_runtime(&record.id);
                 make_private(&runtime)?;
                 let (id, bytes) = (vault::parse(image)?, record.memory_bytes);
-                let served = shared.paging.serve(&record.id, id, bytes, &runtime).await?;
-                return Ok((Memory::Served(served), digest));
+                if let Some(served) = shared.paging.serve(&record.id, id, bytes, &runtime).await? {
+                    return Ok((Memory::Served(served), digest));
+                }
             }
         }
         let laid_out = shared.vault.materialize(image).await?;

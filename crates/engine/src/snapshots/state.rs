@@ -216,8 +216,8 @@ struct Trait {
     of: fn(&StateIdentity) -> String,
     /// What it is, before its value.
     what: &'static str,
-    /// What to do when it differs.
-    advice: &'static str,
+    /// What to do when it differs, by the hypervisor that captured it.
+    advice: fn(VmmKind) -> &'static str,
 }
 
 /// What decides whether a device state can be loaded, the most telling first: what differs further down often does so
@@ -226,29 +226,41 @@ const TRAITS: [Trait; 5] = [
     Trait {
         of: |identity| named(&identity.vmm),
         what: "the hypervisor",
-        advice: "install that one",
+        advice: |_| "install that one",
     },
     Trait {
         of: |identity| identity.version.clone(),
         what: "the hypervisor's version",
-        advice: "install that version again, beside the one that is there",
+        advice: version_advice,
     },
     Trait {
         of: |identity| identity.machine.clone(),
         what: "the machine type",
-        advice: "install a build of the hypervisor that has it",
+        advice: |_| "install a build of the hypervisor that has it",
     },
     Trait {
         of: |identity| named(&identity.accelerator),
         what: "the accelerator",
-        advice: "restore it on a host that runs guests with that one",
+        advice: |_| "restore it on a host that runs guests with that one",
     },
     Trait {
         of: |identity| identity.cpu.clone(),
         what: "the processor",
-        advice: "restore it on a host with that one",
+        advice: |_| "restore it on a host with that one",
     },
 ];
+
+/// How a host comes to another version: of QEMU it has one at a time, of the others as many as are in place.
+fn version_advice(vmm: VmmKind) -> &'static str {
+    match vmm {
+        VmmKind::Qemu | VmmKind::QemuMicrovm => {
+            "start the server with a QEMU of that version as hypervisor.qemu_binary_path, because it uses one at a time"
+        }
+        VmmKind::CloudHypervisor | VmmKind::Firecracker | VmmKind::Vz => {
+            "install that version again, beside the one that is there"
+        }
+    }
+}
 
 /// The first part in which a captured identity is unlike all that this host has.
 fn unlike(captured: &StateIdentity, here: &[StateIdentity]) -> Option<String> {
@@ -263,6 +275,7 @@ fn unlike(captured: &StateIdentity, here: &[StateIdentity]) -> Option<String> {
                 [] => "none".to_owned(),
                 found => found.join(" and "),
             };
+            let advice = advice(captured.vmm);
             return Some(format!(
                 "it was captured with {what} {wanted}, this host has {found}; {advice}, or use a Stopped snapshot"
             ));
@@ -381,7 +394,7 @@ mod tests {
                 [
                     "version 7.2.0",
                     "10.0.2-other and 7.2.0-other",
-                    "install that version",
+                    "a QEMU of that version",
                 ],
             ),
             (
@@ -427,14 +440,34 @@ mod tests {
                 assert!(reason.contains(word), "{word:?} in {reason}");
             }
             // Whoever reads of a processor must not be sent to install a version.
-            let advised = reason.contains("install that version");
-            assert_eq!(advised, words.contains(&"install that version"), "{reason}");
+            let advised = reason.contains("of that version");
+            assert_eq!(advised, words.contains(&"a QEMU of that version"), "{reason}");
         }
         let reason = without_vmm(VmmKind::CloudHypervisor, "no binary; install it");
         assert!(
             reason.contains("cloud-hypervisor") && reason.contains("install it"),
             "{reason}"
         );
+    }
+
+    #[test]
+    fn another_version_is_put_where_the_host_looks_for_it() {
+        for (vmm, advice, useless) in [
+            (VmmKind::Qemu, "hypervisor.qemu_binary_path", "beside"),
+            (VmmKind::QemuMicrovm, "hypervisor.qemu_binary_path", "beside"),
+            (VmmKind::CloudHypervisor, "beside", "binary_path"),
+            (VmmKind::Firecracker, "beside", "binary_path"),
+        ] {
+            let of = |version| StateIdentity {
+                vmm,
+                ..identity(version)
+            };
+            let reason = unlike(&of("1.0.0"), &[of("2.0.0")]).unwrap();
+            assert!(
+                reason.contains(advice) && !reason.contains(useless),
+                "{vmm:?}: {reason}"
+            );
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use hypeman_jail::{Confined, Item, Jail, JailOptions, JailSpec, Launch, Lent, Limits, Memory, Mode, Show};
 use rustix::process::{Pid, WaitOptions, waitpid};
@@ -22,6 +23,10 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 const FILE_LIMIT: u64 = 1 << 20;
 const DESCRIPTORS: u64 = 64;
 const PROCESSES: u64 = 24;
+/// User ids of one scene.
+const IDS: u32 = 1000;
+/// How many scenes there have been.
+static SCENES: AtomicU32 = AtomicU32::new(0);
 
 /// A data directory with two machines, and a jail for the first.
 struct Scene {
@@ -32,8 +37,12 @@ struct Scene {
 /// `None`, with the reason printed, where this host lacks something.
 fn scene() -> Option<Scene> {
     let directory = tempfile::Builder::new().prefix("hj").tempdir().unwrap();
+    // Control groups are named after users: no two scenes may have the same.
+    let number = SCENES.fetch_add(1, Ordering::Relaxed);
     let jail = Arc::new(Jail::new(JailOptions {
         state: directory.path().join("state"),
+        first_id: 200_000 + number * IDS,
+        ids: IDS,
         ..JailOptions::default()
     }));
     if !jail.confines().unwrap() {
@@ -120,6 +129,21 @@ impl Scene {
         self.jail.spawn(spec, launch).unwrap()
     }
 
+    /// Starts a program that does nothing.
+    fn sleep(&self, spec: &JailSpec) -> Confined {
+        let output = File::create(self.directory.path().join("sleepers")).unwrap();
+        let arguments = [OsString::from("600")];
+        let launch = Launch {
+            program: Path::new("/usr/bin/sleep"),
+            arguments: &arguments,
+            directory: Path::new("/"),
+            output: output.as_fd(),
+            keep: &[],
+            lent: None,
+        };
+        self.jail.spawn(spec, launch).unwrap()
+    }
+
     fn output(&self) -> PathBuf {
         self.directory.path().join("output")
     }
@@ -168,17 +192,23 @@ impl Intrusion {
     }
 
     fn has(&self, item: Item) -> bool {
-        let missing = self
-            .confined
-            .report
-            .missing
-            .iter()
-            .find(|(other, _)| *other == item);
-        if let Some((_, reason)) = missing {
-            println!("SKIPPED: the jail lacks {}: {reason}", item.name());
-        }
-        self.confined.report.active.contains(&item)
+        has(&self.confined, item)
     }
+}
+
+/// Whether this host's jail does this; tells why not.
+fn has(confined: &Confined, item: Item) -> bool {
+    let report = &confined.report;
+    if let Some((_, reason)) = report.missing.iter().find(|(other, _)| *other == item) {
+        println!("SKIPPED: the jail lacks {}: {reason}", item.name());
+    }
+    report.active.contains(&item)
+}
+
+fn end(confined: &Confined) {
+    let pid = Pid::from_raw(confined.pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    waitpid(Some(pid), WaitOptions::empty()).unwrap();
 }
 
 #[test]
@@ -332,7 +362,27 @@ fn what_it_uses_is_limited() {
             tried.text
         );
     }
-    tried.has(Item::Cpu);
+}
+
+#[test]
+fn its_control_group_holds_the_limits_that_are_told() {
+    let Some(scene) = scene() else { return };
+    let sleeper = scene.sleep(&scene.spec());
+    let group = format!("hypeman/vm-{}", sleeper.report.user.unwrap());
+    for (item, file, value) in [
+        (Item::Cpu, "cpu.max", "100000 100000"),
+        (Item::Memory, "memory.max", "268435456"),
+        (Item::Processes, "pids.max", "24"),
+    ] {
+        let path = Path::new("/sys/fs/cgroup").join(&group).join(file);
+        // Processes are limited without a controller, too.
+        if has(&sleeper, item) && (item != Item::Processes || path.exists()) {
+            let member = fs::read_to_string(format!("/proc/{}/cgroup", sleeper.pid)).unwrap();
+            assert!(member.trim_end().ends_with(&group), "{member}");
+            assert_eq!(fs::read_to_string(path).unwrap().trim_end(), value, "{file}");
+        }
+    }
+    end(&sleeper);
 }
 
 #[test]
@@ -361,19 +411,7 @@ fn memory_is_handed_over_once_and_cannot_be_written_to() {
 #[test]
 fn two_jails_have_two_users_and_a_user_is_free_when_its_process_is_gone() {
     let Some(scene) = scene() else { return };
-    let output = File::create(scene.directory.path().join("sleepers")).unwrap();
-    let sleep = || {
-        let arguments = [OsString::from("600")];
-        let launch = Launch {
-            program: Path::new("/usr/bin/sleep"),
-            arguments: &arguments,
-            directory: Path::new("/"),
-            output: output.as_fd(),
-            keep: &[],
-            lent: None,
-        };
-        scene.jail.spawn(&JailSpec::default(), launch).unwrap()
-    };
+    let sleep = || scene.sleep(&JailSpec::default());
     let (one, other) = (sleep(), sleep());
     assert_ne!(one.report.user, other.report.user);
     for confined in [&one, &other] {
@@ -382,9 +420,7 @@ fn two_jails_have_two_users_and_a_user_is_free_when_its_process_is_gone() {
         assert_eq!(Some(about.uid()), confined.report.user);
         let program = fs::read_link(format!("/proc/{}/exe", confined.pid)).unwrap();
         assert_eq!(program, fs::canonicalize("/usr/bin/sleep").unwrap());
-        let pid = Pid::from_raw(confined.pid as i32).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-        waitpid(Some(pid), WaitOptions::empty()).unwrap();
+        end(confined);
     }
 }
 

@@ -324,7 +324,6 @@ fn features(version: Version, cannot_save: bool) -> Vec<Feature> {
         Feature::Fork,
         Feature::Pause,
         Feature::Vsock,
-        Feature::GpuPassthrough,
         Feature::DiskIoLimit,
         Feature::DiskResize,
         Feature::SnapshotKeepsConnections,
@@ -397,5 +396,18 @@ mod tests {
             assert!(has(OLDEST, false, kept) && !has(OLDEST, true, kept));
         }
         assert!(has(OLDEST, true, Feature::Pause));
+    }
+
+    #[test]
+    fn devices_of_the_host_are_not_advertised_while_no_call_hands_them_over() {
+        let named = serde_json::to_value(features(Version::new(53, 0, 0), false)).unwrap();
+        let named: Vec<&str> = named
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(Value::as_str)
+            .collect();
+        assert!(named.contains(&"hotplug-memory"), "{named:?}");
+        assert!(!named.contains(&"gpu-passthrough"), "{named:?}");
     }
 }
