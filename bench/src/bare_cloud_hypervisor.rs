@@ -1,4 +1,5 @@
-//! Cloud Hypervisor by itself: a process that nobody confines or watches, and single calls to its socket.
+//! A VMM by itself: a process that nobody confines or watches, and single calls to its socket, as Cloud Hypervisor and
+//! Firecracker take them.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
@@ -30,22 +31,30 @@ pub struct BareProcess {
 }
 
 impl BareProcess {
-    /// Starts it with its socket and its log in `folder`, and waits for nothing.
+    /// Starts Cloud Hypervisor with its socket and its log in `folder`, and waits for nothing.
     ///
     /// # Errors
     /// It cannot be started.
     pub fn start(program: &Path, folder: &Path) -> Result<Self> {
+        let socket = format!("path={}", folder.join(SOCKET).display());
+        // Its filter for the thread that sends a migration kills it where it was built for the GNU C library.
+        Self::spawn(program, &["--api-socket", &socket, "--seccomp", "false"], folder)
+    }
+
+    /// Starts a program that makes its socket in `folder` and works there, and waits for nothing.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(program: &Path, words: &[&str], folder: &Path) -> Result<Self> {
         let (socket, log) = (folder.join(SOCKET), folder.join("bare.log"));
-        let fail = |error| BenchError::io("start bare Cloud Hypervisor", error);
+        let fail = |error| BenchError::io(format!("start {} by itself", program.display()), error);
         let output = File::create(&log).map_err(fail)?;
         let errors = output.try_clone().map_err(fail)?;
         // In a session of its own, as our VMMs are: schedulers may share time out by session.
         let child = Command::new("setsid")
             .arg(program)
-            .arg("--api-socket")
-            .arg(format!("path={}", socket.display()))
-            // Its filter for the thread that sends a migration kills it where it was built for the GNU C library.
-            .args(["--seccomp", "false"])
+            .args(words)
+            .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors)
@@ -76,19 +85,27 @@ impl Drop for BareProcess {
     }
 }
 
-/// Calls one of its orders, as soon as it listens.
+/// Calls one of the orders of Cloud Hypervisor, as soon as it listens.
 ///
 /// # Errors
 /// Nobody listens, or it refuses.
 pub fn call(socket: &Path, method: &str, order: &str, body: Option<&Value>) -> Result<Value> {
-    let fail = |error| BenchError::io(format!("call {order} of Cloud Hypervisor"), error);
+    request(socket, method, &format!("/api/v1/{order}"), body)
+}
+
+/// Asks a VMM for something, as soon as it listens.
+///
+/// # Errors
+/// Nobody listens, or it refuses.
+pub fn request(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+    let fail = |error| BenchError::io(format!("call {path} of a bare VMM"), error);
     let stream = connect(socket, || false).map_err(fail)?;
-    let (status, answer) = exchange(stream, method, order, body).map_err(fail)?;
+    let (status, answer) = exchange(stream, method, path, body).map_err(fail)?;
     match (200..300).contains(&status) {
         true if answer.is_empty() => Ok(Value::Null),
         true => Ok(serde_json::from_slice(&answer)?),
         false => Err(BenchError::Answer(format!(
-            "{order} answered {status}: {}",
+            "{path} answered {status}: {}",
             String::from_utf8_lossy(&answer)
         ))),
     }
@@ -112,11 +129,10 @@ pub fn connect(socket: &Path, hopeless: impl Fn() -> bool) -> io::Result<UnixStr
 fn exchange(
     mut stream: UnixStream,
     method: &str,
-    order: &str,
+    path: &str,
     body: Option<&Value>,
 ) -> io::Result<(u16, Vec<u8>)> {
-    let mut request =
-        format!("{method} /api/v1/{order} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
+    let mut request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
     if let Some(body) = body {
         let body = body.to_string();
         let length = body.len();
@@ -169,7 +185,7 @@ pub fn need_version(major: u32) -> Result<PathBuf> {
     match major_of(&banner) {
         Some(found) if found >= major => Ok(program),
         _ => Err(BenchError::Missing(format!(
-            "{} says {banner:?}, and offload came with version {major}",
+            "{} says {banner:?}, and version {major} is needed",
             program.display()
         ))),
     }

@@ -1,11 +1,13 @@
-//! A captured machine on a bare Cloud Hypervisor, by its offload protocol alone.
+//! A captured machine on a bare Cloud Hypervisor, by its offload protocol alone, or by its own restore on demand.
 //!
 //! The machine is that of a snapshot of ours: the description is what Cloud Hypervisor tells of it once our driver has
 //! restored it, the device state is what the driver kept.
 
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hypeman_guest_api::{AGENT_VSOCK_PORT, AgentKey};
 use hypeman_vmm::{AgentChannel, MachineSpec};
@@ -106,6 +108,43 @@ impl BareOffload {
         })
     }
 
+    /// Starts a process in the directory of `spec` that restores the machine and reads pages of its raw `memory` when
+    /// they are touched (since v52); returns the time until the guest has run a command. It ends afterwards.
+    ///
+    /// # Errors
+    /// The process refuses, or the guest does not answer.
+    pub fn restore_on_demand(
+        &self,
+        host: &BareVmms,
+        key: &AgentKey,
+        spec: &MachineSpec,
+        memory: &Path,
+    ) -> Result<Duration> {
+        let fail = |error| BenchError::io("lay out a snapshot for Cloud Hypervisor", error);
+        let source = spec.runtime_directory.join("source");
+        std::fs::create_dir_all(&source).map_err(fail)?;
+        let description = self.machine(spec, false)?.to_string();
+        std::fs::write(source.join("config.json"), description).map_err(fail)?;
+        std::fs::write(source.join("state.json"), &self.state).map_err(fail)?;
+        // It has all ranges of memory one after the other, as a raw image has them.
+        symlink(memory, source.join("memory-ranges")).map_err(fail)?;
+        let order = json!({
+            "source_url": format!("file://{}", source.display()),
+            "memory_restore_mode": "OnDemand",
+        });
+        let channel = AgentChannel::VsockSocket {
+            path: vsock(spec),
+            port: AGENT_VSOCK_PORT,
+        };
+        let began = Instant::now();
+        let process = BareProcess::start(&self.program, &spec.runtime_directory)?;
+        let restored = call(&process.socket, "PUT", "vm.restore", Some(&order))
+            .and_then(|_| call(&process.socket, "PUT", "vm.resume", None))
+            .and_then(|_| host.runtime.block_on(answer(&channel, key)));
+        let took = began.elapsed();
+        restored.map(|()| took).map_err(|error| process.explain(&error))
+    }
+
     fn hand_over(
         &self,
         process: &BareProcess,
@@ -140,8 +179,8 @@ impl BareOffload {
         sent.map_err(spoken)
     }
 
-    /// The machine with files of its own.
-    fn parts(&self, spec: &MachineSpec, way: Way) -> Result<Parts> {
+    /// The description of the machine with files of its own, and memory that is not a file's.
+    fn machine(&self, spec: &MachineSpec, shared: bool) -> Result<Value> {
         let mut machine = self.described.clone();
         let disks = machine["disks"].as_array_mut().into_iter().flatten();
         for (described, disk) in disks.zip(&spec.disks) {
@@ -153,9 +192,13 @@ impl BareOffload {
             .and_then(Value::as_object_mut);
         let zone = zone.ok_or_else(|| BenchError::Answer("a machine without a zone of memory".into()))?;
         zone.remove("file");
-        zone.insert("shared".to_owned(), json!(way != Way::Inline));
+        zone.insert("shared".to_owned(), json!(shared));
+        Ok(machine)
+    }
+
+    fn parts(&self, spec: &MachineSpec, way: Way) -> Result<Parts> {
         let config = json!({
-            "vm_config": machine,
+            "vm_config": self.machine(spec, way != Way::Inline)?,
             "common_cpuid": self.common_cpuid,
             "memory_manager_data": self.memory_manager,
         });

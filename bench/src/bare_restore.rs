@@ -3,6 +3,8 @@
 //!
 //! No record, no journal, no check of what is read, no clock, no new identity. The disks are copied beforehand.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -10,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use hypeman_guest_api::host::{ExecOutput, GuestClient};
 use hypeman_guest_api::{AgentKey, ExecRequest};
+use hypeman_snapshots::CHUNK_BYTES;
 use hypeman_store::{Store, StoreError};
 use hypeman_vmm::{
-    AgentChannel, Disk, JailMode, JailOptions, Machine, MachineSpec, MemoryBacking, Patch, Restore,
-    StateIdentity, Vmm, VmmKind, VmmOptions, Vmms,
+    AgentChannel, Disk, GuestMemory, JailMode, JailOptions, Machine, MachineSpec, MemoryBacking, Patch,
+    Restore, StateIdentity, Vmm, VmmKind, VmmOptions, Vmms,
 };
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -22,6 +25,7 @@ use crate::context::Context;
 use crate::error::{BenchError, Result};
 use crate::place::Place;
 use crate::server::Server;
+use crate::source;
 
 /// Longer than a guest takes to answer under any load, also one of many whose kernel is interpreted.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -199,6 +203,33 @@ impl BareRestore<'_> {
         };
         let running = wake(Arc::clone(&self.vmm), spec, restore, &self.key);
         self.host.runtime.block_on(running)
+    }
+
+    /// What it runs on.
+    pub fn kind(&self) -> VmmKind {
+        self.vmm.kind()
+    }
+
+    /// Starts one machine whose memory is its process's own, as after a boot, and returns when it has run a command.
+    ///
+    /// # Errors
+    /// It does not answer, or Firecracker is to do that.
+    pub fn start_filled(&self, mut spec: MachineSpec) -> Result<Box<dyn Machine>> {
+        let from = File::open(&self.memory).map_err(|error| BenchError::io("open guest memory", error))?;
+        spec.memory = MemoryBacking::Anonymous;
+        let fill = move |memory: &GuestMemory| -> std::io::Result<()> {
+            let mut buffer = vec![0; CHUNK_BYTES];
+            for extent in source::extents(&from)? {
+                for start in (extent.start..extent.end).step_by(CHUNK_BYTES) {
+                    let end = extent.end.min(start + CHUNK_BYTES as u64);
+                    let buffer = &mut buffer[..(end - start) as usize];
+                    from.read_exact_at(buffer, start)?;
+                    memory.write(start, buffer)?;
+                }
+            }
+            Ok(())
+        };
+        self.start(spec, Some(Box::new(fill)))
     }
 
     /// Removes the files of machine `number`, which has ended.

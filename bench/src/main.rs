@@ -21,7 +21,9 @@
 mod bare_cloud_hypervisor;
 mod bare_http;
 mod bare_offload;
+mod bare_pause;
 mod bare_qemu;
+mod bare_qmp;
 mod bare_restore;
 mod benches;
 mod calm;

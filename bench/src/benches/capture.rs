@@ -7,6 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::in_each_place;
+use crate::bare_pause::{BarePause, Written};
+use crate::bare_restore::BareVmms;
 use crate::calm::Calm;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
@@ -33,6 +35,7 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     in_each_place(context, section, |section, place| {
         let server = Server::start_in(context, place)?;
         let image = push_busybox(&server)?;
+        let bare = BareVmms::new(context, place)?;
         let mut api = server.connect()?;
         for shape in shapes.iter().copied() {
             let mut bench = Bench {
@@ -40,6 +43,7 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
                 api: &mut api,
                 image: &image,
                 content: &content,
+                bare: &bare,
                 repetitions,
                 suffix: place.suffix,
             };
@@ -56,7 +60,9 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
     })?;
     section.note(format!(
         "medians of {repetitions}; pause: as the instance's own log has it, reference: copying the guest's changed \
-         memory at 2 GB/s; standby: from the call until its answer, reference: dd with conv=fsync of the pages that \
+         memory at 2 GB/s; pause, bare: the same pauses, reference: the same guest on the VMM by itself in the same place, in \
+         turns, from the call that stops it until the answer of the one that lets it go on, all memory and devices \
+         written to files between; or of memory what changed since the last time, where the VMM can; standby: from the call until its answer, reference: dd with conv=fsync of the pages that \
          are not zero, from RAM to the same file system, in turns; second standby: what memory images take on disk, \
          reference: the pages that the restored guest had changed"
     ));
@@ -71,6 +77,7 @@ struct Bench<'a> {
     api: &'a mut Connection,
     image: &'a str,
     content: &'a Content,
+    bare: &'a BareVmms,
     repetitions: usize,
     suffix: &'static str,
 }
@@ -90,12 +97,21 @@ impl Bench<'_> {
     fn pauses(&mut self, section: &mut Section, shape: Shape) -> Result<()> {
         let id = self.boot(shape)?;
         let (mut pauses, mut copies, mut calm) = (Vec::new(), Vec::new(), Calm::default());
+        let mut peer = Err(BenchError::Missing("it was not started".to_owned()));
         for round in 0..=self.repetitions {
             let bytes = self.changed(&id, shape)?;
             let snapshot = guests::snapshot(self.api, &id, None)?;
-            if round > 0 {
+            if round == 0 {
+                peer = Peer::start(self.bare, self.server, &snapshot);
+            } else {
                 pauses.push(last_pause(self.server, &id)?);
                 copies.push(Duration::from_secs_f64(bytes as f64 / COPY_RATE));
+            }
+            // The first time it finds more changed than later.
+            if let Ok(running) = &mut peer
+                && let Err(error) = running.pause(round > 0)
+            {
+                peer = Err(error);
             }
             call(self.api, "DELETE", &format!("/snapshots/{snapshot}"), None, 204)?;
             calm.look();
@@ -109,6 +125,10 @@ impl Bench<'_> {
             copies.median().as_secs_f64() * COPY_RATE / MEBIBYTE as f64,
             milliseconds(pauses.percentile(100.0)),
         ));
+        match peer {
+            Ok(peer) => peer.rows(section, &format!("{}{}", shape.name, self.suffix), &pauses, &calm),
+            Err(error) => section.note(format!("{name}: no bare pause: {error}")),
+        }
         Ok(())
     }
 
@@ -151,6 +171,42 @@ impl Bench<'_> {
             Goal::RatioAtMost(1.1),
         );
         Ok(())
+    }
+}
+
+/// The same guest on the VMM by itself.
+struct Peer {
+    machine: BarePause,
+    pauses: Vec<(Written, Vec<Duration>)>,
+}
+
+impl Peer {
+    fn start(host: &BareVmms, server: &Server, snapshot: &str) -> Result<Self> {
+        let machine = BarePause::start(host, &host.of(server, snapshot)?)?;
+        let kinds = machine.kinds().iter();
+        let pauses = kinds.map(|written| (*written, Vec::new())).collect();
+        Ok(Self { machine, pauses })
+    }
+
+    fn pause(&mut self, counts: bool) -> Result<()> {
+        for (written, pauses) in &mut self.pauses {
+            let took = self.machine.pause(*written)?;
+            if counts {
+                pauses.push(took);
+            }
+        }
+        Ok(())
+    }
+
+    fn rows(self, section: &mut Section, guest: &str, ours: &Sample, calm: &Calm) {
+        for (written, pauses) in self.pauses {
+            let (what, goal) = match written {
+                Written::All => ("pause, bare, all written", Goal::RatioAtMost(1.0)),
+                Written::Changed => ("pause, bare, changes written", Goal::None),
+            };
+            let bare: Sample = pauses.into_iter().collect();
+            section.judged(&format!("{what}, {guest}"), ours, &bare, goal, calm);
+        }
     }
 }
 

@@ -66,7 +66,7 @@ pub const ALL: [(&str, &str, Run); 14] = [
     ),
     (
         "capture",
-        "pause of a running source, and standby, against copying in RAM and dd with sync",
+        "pause of a running source, and standby, against copying in RAM, the VMM's own snapshot, and dd with sync",
         capture::run,
     ),
     (

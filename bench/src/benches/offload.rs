@@ -14,10 +14,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use hypeman_snapshots::{
-    Base, CHUNK_BYTES, Codec, Elsewhere, MemoryId, MemoryReader, MemorySource, MemoryStore, Options,
-};
-use hypeman_vmm::{GuestMemory, Machine, MemoryBacking, Patch};
+use hypeman_snapshots::{Base, Codec, Elsewhere, MemoryId, MemoryReader, MemorySource, MemoryStore, Options};
+use hypeman_vmm::{Machine, MemoryBacking};
 
 use crate::bare_cloud_hypervisor::need_version;
 use crate::bare_offload::{BareOffload, Restored};
@@ -33,7 +31,7 @@ use crate::process::resident_kib;
 use crate::registry::push_busybox;
 use crate::report::{Goal, Section};
 use crate::server::{Server, delete};
-use crate::source::{self, Source};
+use crate::source::Source;
 use crate::statistics::{Sample, milliseconds};
 
 /// The version that brought the protocol.
@@ -353,26 +351,11 @@ impl<'a> Bench<'a> {
 
     /// Our way. `all`: the memory is the process's own, as after a boot; else what did not change is the file's.
     fn captured_by_us(&self, all: bool) -> Result<Taken> {
-        let mut spec = self.captured.spec(0)?;
-        let mut patch: Option<Patch> = None;
-        if all {
-            spec.memory = MemoryBacking::Anonymous;
-            let from = open(&self.captured.memory)?;
-            let fill = move |memory: &GuestMemory| -> std::io::Result<()> {
-                let mut buffer = vec![0; CHUNK_BYTES];
-                for extent in source::extents(&from)? {
-                    for start in (extent.start..extent.end).step_by(CHUNK_BYTES) {
-                        let end = extent.end.min(start + CHUNK_BYTES as u64);
-                        let buffer = &mut buffer[..(end - start) as usize];
-                        from.read_exact_at(buffer, start)?;
-                        memory.write(start, buffer)?;
-                    }
-                }
-                Ok(())
-            };
-            patch = Some(Box::new(fill));
-        }
-        let machine = self.captured.start(spec, patch)?;
+        let spec = self.captured.spec(0)?;
+        let machine = match all {
+            true => self.captured.start_filled(spec)?,
+            false => self.captured.start(spec, None)?,
+        };
         let taken = self.host.runtime.block_on(take(machine.as_ref()));
         end(self.host, machine.as_ref());
         self.captured.forget(0);

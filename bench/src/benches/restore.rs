@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  boot ─► standby ─┬─► bare VMM                                                        reference of raw
+//!                   ├─► bare Cloud Hypervisor, by its own restore on demand             beside the bare VMM
 //!                   ├─► restore                                                         raw
 //!                   ├─► standby ─► restore                                              raw and a layer
 //!                   ├─► the snapshot back, raw ─► restore                               reference of framed
@@ -11,10 +12,14 @@
 //! A boot takes longer than all of these together, so each round has one. A snapshot that is given back gives its guest
 //! a new key as well; raw and framed are compared with that in both.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::in_each_place;
 use super::kept::Bench;
+use crate::bare_cloud_hypervisor::need_version;
+use crate::bare_offload::BareOffload;
+use crate::bare_restore::{BareRestore, BareVmms};
 use crate::calm::Calm;
 use crate::context::Context;
 use crate::error::{BenchError, Result};
@@ -27,9 +32,14 @@ use crate::statistics::{Sample, milliseconds};
 /// Bytes that are expanded at once.
 const FRAME: usize = 256 << 10;
 
+/// The version of Cloud Hypervisor that brought its restore on demand.
+const ON_DEMAND_SINCE: u32 = 52;
+
 /// What one guest has shown.
 struct Round {
     bare: Duration,
+    /// Restored on demand by Cloud Hypervisor itself, where that is asked for.
+    on_demand: Option<Result<Duration>>,
     raw: Duration,
     layered: Duration,
     /// Raw, given back from a snapshot.
@@ -68,8 +78,9 @@ pub(super) fn run(context: &Context, section: &mut Section) -> Result<()> {
 
 fn rows(bench: &mut Bench<'_>, section: &mut Section, shape: Shape, repetitions: usize) -> Result<()> {
     let (mut rounds, mut calm) = (Vec::new(), Calm::default());
+    let cloud_hypervisor = on_demand_by(bench.context, section);
     for number in 0..=repetitions {
-        let round = round(bench, shape)?;
+        let round = round(bench, shape, cloud_hypervisor.as_deref())?;
         // The first round warms the caches of all.
         if number > 0 {
             rounds.push(round);
@@ -89,6 +100,7 @@ fn rows(bench: &mut Bench<'_>, section: &mut Section, shape: Shape, repetitions:
     ));
     let layered = took(|round| round.layered);
     section.judged(&name("raw and a layer"), &layered, &bare, Goal::None, &calm);
+    on_demand_row(section, &rounds, &bare, &calm, &name("bare, mapped privately"));
 
     let (again, framed) = (took(|round| round.again), took(|round| round.framed));
     if bench.context.serves_pages() {
@@ -109,6 +121,45 @@ fn rows(bench: &mut Bench<'_>, section: &mut Section, shape: Shape, repetitions:
         milliseconds(expanding),
     ));
     Ok(())
+}
+
+/// Cloud Hypervisor, where it is what runs and restores on demand by itself.
+fn on_demand_by(context: &Context, section: &mut Section) -> Option<PathBuf> {
+    if context.hypervisor != "cloud-hypervisor" {
+        return None;
+    }
+    need_version(ON_DEMAND_SINCE)
+        .map_err(|error| section.note(format!("no restore on demand: {error}")))
+        .ok()
+}
+
+/// The bare VMM with our private mapping against itself with its own restore on demand.
+fn on_demand_row(section: &mut Section, rounds: &[Round], bare: &Sample, calm: &Calm, name: &str) {
+    let (mut took, mut failure) = (Vec::new(), None);
+    for outcome in rounds.iter().filter_map(|round| round.on_demand.as_ref()) {
+        match outcome {
+            Ok(duration) => took.push(*duration),
+            Err(error) => failure = Some(error),
+        }
+    }
+    if let Some(error) = failure {
+        section.note(format!("{name}: on demand: {error}"));
+    } else if !took.is_empty() {
+        let on_demand: Sample = took.into_iter().collect();
+        section.judged(name, bare, &on_demand, Goal::None, calm);
+        section.note(format!(
+            "{name}: reference is Cloud Hypervisor's own restore on demand (memory_restore_mode) of the same guest"
+        ));
+    }
+}
+
+/// The same guest, by a restore on demand of Cloud Hypervisor's own.
+fn on_demand(host: &BareVmms, captured: &BareRestore<'_>, program: &Path) -> Result<Duration> {
+    let described = BareOffload::of(host, captured, program)?;
+    let spec = captured.spec(0)?;
+    let took = described.restore_on_demand(host, &captured.key, &spec, &captured.memory);
+    captured.forget(0);
+    took
 }
 
 fn middle_half(runs: &Sample) -> String {
@@ -149,14 +200,16 @@ fn served_rows(section: &mut Section, rounds: &[Round], name: impl Fn(&str) -> S
 }
 
 /// One guest, from its boot to its end.
-fn round(bench: &mut Bench<'_>, shape: Shape) -> Result<Round> {
+fn round(bench: &mut Bench<'_>, shape: Shape, cloud_hypervisor: Option<&Path>) -> Result<Round> {
     let id = bench.boot("bench-restore", shape)?;
     guests::standby(&mut bench.api, &id)?;
     let plain = guests::snapshot(&mut bench.api, &id, None)?;
     // Nothing else runs meanwhile.
-    let (memory, bare) = {
+    let (memory, bare, on_demand) = {
         let captured = bench.bare.of(&bench.server, &plain)?;
-        (captured.memory.clone(), captured.restore(1)?)
+        let bare = captured.restore(1)?;
+        let on_demand = cloud_hypervisor.map(|program| on_demand(&bench.bare, &captured, program));
+        (captured.memory.clone(), bare, on_demand)
     };
     let raw = bench.restore(&id)?;
     guests::standby(&mut bench.api, &id)?;
@@ -190,6 +243,7 @@ fn round(bench: &mut Bench<'_>, shape: Shape) -> Result<Round> {
     bench.forget(&plain)?;
     Ok(Round {
         bare,
+        on_demand,
         raw,
         layered,
         again,
