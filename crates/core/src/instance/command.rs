@@ -118,7 +118,7 @@ pub fn permit(state: &Lifecycle, command: Command) -> Result<(), Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::{Observation, Readiness};
+    use crate::instance::{Observation, Readiness, UnknownCause};
 
     fn every_state() -> Vec<Lifecycle> {
         vec![
@@ -130,6 +130,7 @@ mod tests {
             Lifecycle::Stopped,
             Lifecycle::Standby,
             Lifecycle::Running.observe(&Observation::Unresponsive {
+                cause: UnknownCause::Vmm,
                 reason: "hung".into(),
             }),
         ]

@@ -83,7 +83,22 @@ pub struct Exit {
     pub message: String,
 }
 
+/// Why a state is `Unknown`. It decides what makes the state known again; the reason beside it is for people only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownCause {
+    /// The guest's agent does not answer. Its machine may be well.
+    Agent,
+    /// The VMM does not answer, or its machine waits for memory that nobody gives it.
+    Vmm,
+    /// What was begun could neither be finished nor undone. Nobody is asked about it any more: it stays so until its VMM
+    /// is gone.
+    Leftover,
+}
+
 /// Where an instance is, with what is valid there.
+///
+/// Never stored: a server that starts looks at its machines anew. What records keep is the [`InstanceState`] alone, in
+/// the [`PhaseClock`](super::PhaseClock).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lifecycle {
     /// The record exists; nothing runs yet.
@@ -102,6 +117,8 @@ pub enum Lifecycle {
     Standby,
     /// A VMM exists, but what it does can't be learnt.
     Unknown {
+        /// Why.
+        cause: UnknownCause,
         /// Why, for people.
         reason: String,
         /// What it was before, to go back to when it answers again.
@@ -138,13 +155,17 @@ pub enum Observation {
     },
     /// Memory and devices are no longer kept; only the disk counts.
     MemoryDropped,
-    /// VMM or agent stopped answering.
+    /// What it does can't be learnt any more.
     Unresponsive {
+        /// Why.
+        cause: UnknownCause,
         /// Why, for people.
         reason: String,
     },
-    /// It answers again.
+    /// The guest's agent answers. Its words come through the VMM, so that one is not silent either.
     Responsive,
+    /// The VMM answers, and its machine waits for nobody. Of the agent that says nothing.
+    VmmResponsive,
 }
 
 impl Lifecycle {
@@ -199,17 +220,42 @@ impl Lifecycle {
             (_, Observation::StandbyReached) => Self::Standby,
             (Self::Created | Self::Stopped | Self::Standby, Observation::MemoryDropped) => Self::Stopped,
             (state @ (Self::Created | Self::Stopped | Self::Standby), _) => state,
+            (
+                state @ Self::Unknown {
+                    cause: UnknownCause::Leftover,
+                    ..
+                },
+                Observation::Unresponsive { .. } | Observation::Responsive | Observation::VmmResponsive,
+            ) => state,
             (Self::Unknown { before, .. }, Observation::Responsive) => *before,
-            (Self::Unknown { before, .. }, Observation::Unresponsive { reason }) => Self::Unknown {
+            (
+                Self::Unknown {
+                    cause: UnknownCause::Vmm,
+                    before,
+                    ..
+                },
+                Observation::VmmResponsive,
+            ) => *before,
+            (Self::Unknown { before, .. }, Observation::Unresponsive { cause, reason }) => Self::Unknown {
+                cause: *cause,
                 reason: reason.clone(),
                 before,
             },
             // Progress is remembered below the veil, so that nothing is missed when it lifts.
-            (Self::Unknown { reason, before }, other) => Self::Unknown {
+            (
+                Self::Unknown {
+                    cause,
+                    reason,
+                    before,
+                },
+                other,
+            ) => Self::Unknown {
+                cause,
                 reason,
                 before: Box::new(before.observe(other)),
             },
-            (state, Observation::Unresponsive { reason }) => Self::Unknown {
+            (state, Observation::Unresponsive { cause, reason }) => Self::Unknown {
+                cause: *cause,
                 reason: reason.clone(),
                 before: Box::new(state),
             },
@@ -243,6 +289,19 @@ mod tests {
 
     use super::*;
 
+    fn cause() -> impl Strategy<Value = UnknownCause> {
+        prop_oneof![
+            Just(UnknownCause::Agent),
+            Just(UnknownCause::Vmm),
+            Just(UnknownCause::Leftover),
+        ]
+    }
+
+    fn unresponsive(cause: UnknownCause) -> Observation {
+        let reason = "nobody knows".to_owned();
+        Observation::Unresponsive { cause, reason }
+    }
+
     fn observation() -> impl Strategy<Value = Observation> {
         prop_oneof![
             any::<bool>().prop_map(|without_agent| Observation::Launched { without_agent }),
@@ -255,8 +314,9 @@ mod tests {
             Just(Observation::StandbyReached),
             any::<bool>().prop_map(|without_agent| Observation::Restored { without_agent }),
             Just(Observation::MemoryDropped),
-            "[a-z]{1,8}".prop_map(|reason| Observation::Unresponsive { reason }),
+            (cause(), "[a-z]{1,8}").prop_map(|(cause, reason)| Observation::Unresponsive { cause, reason }),
             Just(Observation::Responsive),
+            Just(Observation::VmmResponsive),
         ]
     }
 
@@ -283,6 +343,43 @@ mod tests {
             if let Lifecycle::Unknown { before, .. } = state {
                 prop_assert_ne!(before.state(), InstanceState::Unknown);
             }
+        }
+
+        #[test]
+        fn an_answer_of_the_vmm_clears_its_own_silence_and_nothing_else(
+            history in prop::collection::vec(observation(), 0..40),
+        ) {
+            let state = history.iter().fold(Lifecycle::Created, Lifecycle::observe);
+            let expected = match state.clone() {
+                Lifecycle::Unknown { cause: UnknownCause::Vmm, before, .. } => *before,
+                other => other,
+            };
+            prop_assert_eq!(state.observe(&Observation::VmmResponsive), expected);
+        }
+
+        #[test]
+        fn the_words_of_a_reason_decide_nothing(history in prop::collection::vec(observation(), 0..40)) {
+            let (mut state, mut reworded) = (Lifecycle::Created, Lifecycle::Created);
+            for seen in history {
+                state = state.observe(&seen);
+                let other_words = match seen {
+                    Observation::Unresponsive { cause, .. } => unresponsive(cause),
+                    other => other,
+                };
+                reworded = reworded.observe(&other_words);
+                prop_assert_eq!(reworded.state(), state.state());
+            }
+        }
+
+        #[test]
+        fn what_was_left_over_is_told_until_its_vmm_is_gone(
+            history in prop::collection::vec(observation(), 0..40),
+        ) {
+            let leftover = Lifecycle::Running.observe(&unresponsive(UnknownCause::Leftover));
+            let is_end = |seen: &Observation| matches!(seen, Observation::VmmGone | Observation::StandbyReached);
+            let until_then = history.iter().take_while(|&seen| !is_end(seen));
+            let state = until_then.fold(leftover.clone(), Lifecycle::observe);
+            prop_assert_eq!(state.error(), leftover.error());
         }
 
         #[test]
@@ -328,14 +425,40 @@ mod tests {
         let state = [
             Observation::Launched { without_agent: false },
             Observation::ProgramStarted,
-            Observation::Unresponsive {
-                reason: "slow".into(),
-            },
+            unresponsive(UnknownCause::Agent),
             Observation::AgentReady,
             Observation::Responsive,
         ]
         .iter()
         .fold(Lifecycle::Created, Lifecycle::observe);
         assert_eq!(state, Lifecycle::Running);
+    }
+
+    #[test]
+    fn an_agent_that_answers_speaks_for_its_vmm_and_not_the_other_way_round() {
+        let silent = |cause| Lifecycle::Running.observe(&unresponsive(cause));
+        for cause in [UnknownCause::Agent, UnknownCause::Vmm] {
+            assert_eq!(
+                silent(cause).observe(&Observation::Responsive),
+                Lifecycle::Running
+            );
+        }
+        let lost_agent = silent(UnknownCause::Agent);
+        assert_eq!(
+            lost_agent.clone().observe(&Observation::VmmResponsive),
+            lost_agent
+        );
+    }
+
+    #[test]
+    fn what_was_told_last_counts() {
+        let state = [
+            unresponsive(UnknownCause::Vmm),
+            unresponsive(UnknownCause::Agent),
+            Observation::VmmResponsive,
+        ]
+        .iter()
+        .fold(Lifecycle::Running, Lifecycle::observe);
+        assert_eq!(state.state(), InstanceState::Unknown);
     }
 }

@@ -21,11 +21,12 @@
 //! - A refusal never changes the state.
 //! - Only an observation leads to `Stopped`; a stopped instance has no VMM.
 //! - Readiness is only ever gained within one run, never lost except by leaving the run.
+//! - What clears `Unknown` is decided by its [`UnknownCause`], never by the words of its reason.
 
 mod command;
 mod lifecycle;
 mod phases;
 
 pub use command::{Command, Refusal, permit};
-pub use lifecycle::{Exit, InstanceState, Lifecycle, Observation, Readiness};
+pub use lifecycle::{Exit, InstanceState, Lifecycle, Observation, Readiness, UnknownCause};
 pub use phases::PhaseClock;

@@ -211,7 +211,7 @@ impl Driver {
 
 #[cfg(test)]
 mod tests {
-    use hypeman_core::instance::Observation;
+    use hypeman_core::instance::{Observation, UnknownCause};
     use proptest::prelude::*;
 
     use super::*;
@@ -220,7 +220,10 @@ mod tests {
 
     fn states() -> Vec<Lifecycle> {
         let booting = Lifecycle::Created.observe(&Observation::Launched { without_agent: false });
-        let unknown = Lifecycle::Running.observe(&Observation::Unresponsive { reason: "x".into() });
+        let unknown = Lifecycle::Running.observe(&Observation::Unresponsive {
+            cause: UnknownCause::Vmm,
+            reason: "x".into(),
+        });
         vec![
             Lifecycle::Created,
             booting,

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypeman_core::instance::Observation;
+use hypeman_core::instance::{Observation, UnknownCause};
 use hypeman_guest_api::{AgentKey, GuestConfig, InitMode, NetworkConfig, Program, is_init_command};
 use hypeman_network::Attachment;
 use hypeman_store::journal;
@@ -52,6 +52,7 @@ impl Driver {
                     tracing::error!(instance = %self.record.id, %alive, "left for recovery");
                     self.observe(&Observation::Launched { without_agent: true });
                     self.observe(&Observation::Unresponsive {
+                        cause: UnknownCause::Leftover,
                         reason: format!("its start failed and could not be undone: {alive}"),
                     });
                 } else if first {

@@ -19,7 +19,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypeman_core::instance::{InstanceState, Lifecycle, Observation};
+use hypeman_core::instance::{InstanceState, Lifecycle, Observation, UnknownCause};
 use hypeman_store::journal;
 use hypeman_vmm::{Machine, VmmError};
 use jiff::Timestamp;
@@ -154,6 +154,7 @@ fn unclear(
     tracing::error!(instance = record.id, %error, "recovery failed");
     let reason = format!("it could not be recovered after a restart of the server: {error}");
     let lifecycle = Lifecycle::Unknown {
+        cause: UnknownCause::Leftover,
         reason,
         before: Box::new(Lifecycle::ShuttingDown),
     };

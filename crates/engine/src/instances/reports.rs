@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypeman_core::instance::{Lifecycle, Observation};
+use hypeman_core::instance::{Lifecycle, Observation, UnknownCause};
 use hypeman_guest_api::{ExitReason, GuestEvent};
 use hypeman_vmm::{RunState, VmmError};
 
@@ -51,7 +51,8 @@ impl Driver {
                 if self.lifecycle != Lifecycle::ShuttingDown {
                     let line = format!("agent lost: {reason}");
                     // Each attempt that fails says so.
-                    if self.observe(&Observation::Unresponsive { reason }) {
+                    let cause = UnknownCause::Agent;
+                    if self.observe(&Observation::Unresponsive { cause, reason }) {
                         self.log.line(&line);
                     }
                 }
@@ -158,23 +159,24 @@ impl Driver {
 
     /// A check was answered: the VMM is not silent, though it may wait for a pager that is.
     fn note_answer(&mut self) {
-        let silent_vmm =
-            matches!(&self.lifecycle, Lifecycle::Unknown { reason, .. } if reason.starts_with("the VMM"));
         let served = self.record.run.as_ref().and_then(|run| run.served.as_deref());
-        if served.is_some_and(|name| self.shared.paging.is_silent(name)) {
-            self.observe(&Observation::Unresponsive {
+        let seen = if served.is_some_and(|name| self.shared.paging.is_silent(name)) {
+            Observation::Unresponsive {
+                cause: UnknownCause::Vmm,
                 reason: "the VMM waits for memory: the pager that serves it does not answer".to_owned(),
-            });
-        } else if silent_vmm {
-            self.observe(&Observation::Responsive);
-        }
+            }
+        } else {
+            Observation::VmmResponsive
+        };
+        self.observe(&seen);
     }
 
     /// A check was not answered: the second one in a row is told.
     fn note_silence(&mut self, reason: String) {
         if self.silence.is_told() {
             self.stall = Stall::No;
-            self.observe(&Observation::Unresponsive { reason });
+            let cause = UnknownCause::Vmm;
+            self.observe(&Observation::Unresponsive { cause, reason });
         }
     }
 

@@ -56,6 +56,8 @@ impl Driver {
 
 #[cfg(test)]
 mod tests {
+    use hypeman_core::instance::UnknownCause;
+
     use super::*;
 
     const SEEN: [RunState; 6] = [
@@ -68,7 +70,10 @@ mod tests {
     ];
 
     fn unknown(before: Lifecycle) -> Lifecycle {
-        before.observe(&Observation::Unresponsive { reason: "x".into() })
+        before.observe(&Observation::Unresponsive {
+            cause: UnknownCause::Agent,
+            reason: "x".into(),
+        })
     }
 
     fn with_a_machine() -> Vec<Lifecycle> {
