@@ -17,6 +17,7 @@
 //! - A workload is held still for this no longer than [`PATIENCE`], and what the VMM takes to answer.
 //! - It goes on only after the VMM was told that the guest may have again what it had, and [`HEAD_START`] later at the
 //!   latest: a guest that takes it more slowly does so beside its workload.
+//! - A VMM that hangs when it is asked to give memory is asked again only after it has answered something.
 //! - Whatever is thought here of the memory of a guest, the VMM looks for itself before it gives a device state.
 
 use std::sync::Arc;
@@ -140,7 +141,7 @@ async fn given_back(adjust: &dyn Adjust, keep: u64) -> Result<u64, VmmError> {
 
 impl Driver {
     /// Lets the guest have all of its memory, if that is due. It takes it when it can; only one that had it before has a
-    /// head start before its workload. What fails is tried again at the next turn.
+    /// head start before its workload. What fails is tried again at a later turn, and tells what a check of the VMM would.
     pub(super) async fn give_memory(&mut self) {
         let Some(run) = &self.run else { return };
         let recorded = self.record.run.as_ref();
@@ -158,6 +159,7 @@ impl Driver {
                 feature: "memory that is added while the machine runs",
             }),
         };
+        self.silence = self.silence.after(&given);
         if let Err(error) = &given {
             tracing::warn!(instance = %self.record.id, %error, "memory not given");
         }

@@ -191,7 +191,9 @@ impl Driver {
                     }
                 }
             }
-            self.give_memory().await;
+            if self.silence.may_be_asked() {
+                self.give_memory().await;
+            }
         }
     }
 

@@ -9,6 +9,9 @@
 //!
 //! On a host that is short of processors a VMM that is well may let a check pass. A second one in a row proves more, and
 //! is told; one answer clears it, also one that is a no.
+//!
+//! Whatever else it is asked for that can wait, waits from the first miss to the next answer: a VMM that hangs holds up its
+//! driver once, and only its checks, which are short, go on.
 
 use hypeman_vmm::VmmError;
 
@@ -44,6 +47,11 @@ impl Silence {
         }
     }
 
+    /// Whether it may be asked for what can wait.
+    pub(super) fn may_be_asked(self) -> bool {
+        self == Self::Answers
+    }
+
     /// Whether it is to be told.
     pub(super) fn is_told(self) -> bool {
         self == Self::Silent
@@ -53,6 +61,8 @@ impl Silence {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -121,5 +131,40 @@ mod tests {
             told(&[false, false, true, false, false]),
             [false, true, false, false, true]
         );
+    }
+
+    proptest! {
+        /// A driver has turns, with and without a check before it asks for something that can wait; what comes of that
+        /// counts like a check.
+        #[test]
+        fn a_vmm_that_hangs_holds_up_one_turn_and_is_asked_again_once_it_answers(
+            turns in prop::collection::vec(any::<(bool, bool)>(), 0..60),
+        ) {
+            let mut silence = Silence::default();
+            let mut held_up = 0;
+            for (hangs, is_checked) in turns {
+                let outcome: Check = match hangs {
+                    true => Err(VmmError::Unresponsive {
+                        command: "vm.resize-zone".into(),
+                        after: Duration::from_secs(10),
+                    }),
+                    false => Ok(()),
+                };
+                if is_checked {
+                    silence = silence.after(&outcome);
+                }
+                let is_asked = silence.may_be_asked();
+                if is_asked {
+                    silence = silence.after(&outcome);
+                }
+                prop_assert!(is_asked || hangs || !is_checked, "it answers, and is not asked");
+                held_up = match (hangs, is_asked || is_checked) {
+                    (true, _) => held_up + u32::from(is_asked),
+                    (false, true) => 0,
+                    (false, false) => held_up,
+                };
+                prop_assert!(held_up <= 1);
+            }
+        }
     }
 }
