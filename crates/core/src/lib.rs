@@ -1,5 +1,5 @@
 //! The pure domain: identifiers, names, the grammars of sizes, rates and durations, tags, the instance state
-//! machine, and the rules of snapshots and their schedules.
+//! machine, the rules of snapshots and their schedules, and the guard that undoes what then failed.
 //!
 //! Nothing here does input or output, reads a clock or knows an async runtime. What needs randomness or the
 //! time is handed both, so that every rule can be tested as a function.
@@ -17,5 +17,7 @@ pub mod size;
 pub mod snapshot;
 pub mod tags;
 pub mod time;
+mod undo;
 
 pub use error::InvalidValue;
+pub use undo::Undo;

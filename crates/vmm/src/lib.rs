@@ -32,7 +32,6 @@ mod spec;
 mod tap;
 mod tree;
 mod turn;
-mod undo;
 mod workload_log;
 
 pub use error::VmmError;

@@ -32,7 +32,7 @@ use crate::layout::make_private;
 use crate::snapshots::state::{self, Facts};
 use crate::snapshots::vault::{Frozen, Hold, Kept, Lineage};
 use crate::snapshots::{CompressionChoice, CompressionState, MemoryRecord, SnapshotKind, SnapshotRecord};
-use crate::{EngineError, faults};
+use crate::{EngineError, durable, faults};
 
 /// The overlay's place among the disks of a machine: after the root disk.
 const OVERLAY_DISK: usize = 1;
@@ -97,7 +97,7 @@ impl Driver {
             }),
         };
         if outcome.is_err() {
-            remove(&directory);
+            durable::discard(&directory);
         }
         outcome
     }
@@ -394,11 +394,5 @@ impl Driver {
             disk_digest: disk.digest,
             manifest,
         }
-    }
-}
-
-fn remove(directory: &Path) {
-    if let Err(error) = crate::durable::remove_tree(directory) {
-        tracing::warn!(directory = %directory.display(), %error, "left for the next start");
     }
 }

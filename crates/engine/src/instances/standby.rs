@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hypeman_core::Undo;
 use hypeman_core::instance::{Command, Observation, permit};
 use hypeman_core::snapshot::choose_delay;
 use hypeman_guest_api::AgentKey;
@@ -115,7 +116,8 @@ impl Driver {
             crate::random::hex::<8>().map_err(|error| EngineError::io("random name", error))?
         );
         let directory = self.shared.layout.standby(&self.record.id, &name);
-        let unfinished = Unfinished(Some(directory.clone()));
+        let made = directory.clone();
+        let made = Undo::by(move || durable::discard(&made));
         let agent_key = self.record.run.as_ref().map(|run| run.agent_key.clone());
         let (devices, kept) = self.keep_all(machine, directory.clone()).await?;
         let facts = self.facts(identity, &kept);
@@ -140,7 +142,7 @@ impl Driver {
             .store
             .write(move |connection| hypeman_store::instances::update(connection, &document.id, &document))
             .await?;
-        unfinished.finish();
+        made.forget();
         faults::point("standby.committed");
         Ok((changed, kept.hold))
     }
@@ -363,7 +365,7 @@ impl Driver {
         self.observe(&Observation::Restored { without_agent: false });
         // The guest need not wait for this.
         let consumed = shared.layout.standby(&self.record.id, &standby.directory);
-        shared.tasks.spawn(remove(consumed));
+        shared.tasks.spawn_blocking(move || durable::discard(&consumed));
         Ok(())
     }
 
@@ -433,33 +435,5 @@ impl Driver {
         self.log.line("restored");
         self.publish();
         Ok(())
-    }
-}
-
-/// The directory of a state that no record names yet: it goes with this.
-struct Unfinished(Option<PathBuf>);
-
-impl Unfinished {
-    fn finish(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        let removed = self
-            .0
-            .take()
-            .map_or(Ok(()), |directory| durable::remove_tree(&directory));
-        if let Err(error) = removed {
-            tracing::warn!(%error, "left for the next start");
-        }
-    }
-}
-
-async fn remove(directory: PathBuf) {
-    let removed = tokio::task::spawn_blocking(move || durable::remove_tree(&directory)).await;
-    if let Ok(Err(error)) = removed {
-        tracing::warn!(%error, "left for the next start");
     }
 }

@@ -29,6 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use hypeman_core::Undo;
 use hypeman_guest_api::LOG_VSOCK_PORT;
 use hypeman_jail::{Jail, Show};
 use serde_json::Value;
@@ -47,7 +48,6 @@ use crate::own_directory::OwnDirectory;
 use crate::probe::processor_abilities;
 use crate::process::{ByName, ProcessHandle, Starting, Words, processes_with_argument};
 use crate::socket::listen_for_vmm;
-use crate::undo::Undo;
 use crate::{
     Accelerator, Capabilities, Feature, GuestMemory, Machine, MachineSpec, MemoryBacking, Patch,
     ProcessIdentity, Restore, StateIdentity, Vmm, VmmError, VmmKind, VmmOptions, WorkloadLog,

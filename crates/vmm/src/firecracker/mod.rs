@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use hypeman_core::Undo;
 use hyper::Method;
 
 use self::files::Files;
@@ -40,7 +41,6 @@ use crate::probe::processor_abilities;
 use crate::process::{ByName, ProcessHandle, Starting, processes_with_argument};
 use crate::rest::RestClient;
 use crate::socket::until_it_listens;
-use crate::undo::Undo;
 use crate::workload_log::WorkloadLog;
 use crate::{
     Accelerator, Capabilities, Feature, GuestMemory, Jail, Machine, MachineSpec, MemoryBacking,

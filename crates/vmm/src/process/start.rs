@@ -8,6 +8,7 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
+use hypeman_core::Undo;
 use hypeman_jail::{Mode, Report};
 
 use super::ProcessHandle;
@@ -16,7 +17,6 @@ use super::spawn::{Detached, spawn_detached};
 use crate::blocking::blocking;
 use crate::console::Console;
 use crate::files::io_error;
-use crate::undo::Undo;
 use crate::{VmmError, VmmKind};
 
 /// A process that was started and is no machine yet. Dropped, it is killed.

@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use hypeman_core::Undo;
 
 use self::arguments::{AGENT_SOCKET, Handed, Host, PID_FILE, QMP_SOCKET, Sockets, Start};
 use self::binary::Facts;
@@ -41,7 +42,6 @@ use crate::console::Console;
 use crate::files::{append_only, io_error};
 use crate::process::{Detached, ProcessHandle, Starting, Words, confines, limits, processes_with_argument};
 use crate::socket::listen_for_vmm;
-use crate::undo::Undo;
 use crate::{
     Capabilities, Feature, Jail, Machine, MachineSpec, MemoryBacking, ProcessIdentity, Restore,
     StateIdentity, Vmm, VmmError, VmmKind,
