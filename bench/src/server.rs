@@ -84,6 +84,11 @@ impl Server {
         }
         if context.hypervisor == "firecracker" {
             environment.push(("HYPERVISOR__FIRECRACKER__PAGER".to_owned(), context.pager.clone()));
+            // Served however small it is: that is what is measured.
+            environment.push((
+                "HYPERVISOR__FIRECRACKER__PAGER_THRESHOLD".to_owned(),
+                "0".to_owned(),
+            ));
         }
         let mut server = Self::launch(context.hypeman.clone(), data, environment)?;
         server.hypervisor.clone_from(&context.hypervisor);

@@ -88,7 +88,7 @@ async fn where_no_pager_can_be_started_memory_is_expanded_unless_it_must_be_serv
         return;
     }
     let mut server = Server::start_with(ServerOptions {
-        settings: vec![("hypervisor.firecracker.pager", json!("auto"))],
+        settings: vec![("hypervisor.firecracker.pager_threshold", json!("0"))],
         ..ServerOptions::default()
     })
     .await;

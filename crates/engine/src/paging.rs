@@ -32,16 +32,28 @@ pub(crate) const DIRECTORY: &str = "pager";
 /// Name of a machine's socket in its runtime directory.
 const SOCKET: &str = "pages.sock";
 
+/// From here on a guest that is served answers sooner: two processors expand so much in 0.3 s.
+const SERVED_FROM: u64 = 1 << 30;
+
 /// When pages are served.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PagingMode {
-    /// Where memory would have to be expanded first; expanded after all where no pager takes the machine.
+    /// Where so much memory would have to be expanded first that it takes longer than being served; expanded after all
+    /// where no pager takes the machine.
     #[default]
     Auto,
     /// Never.
     Off,
     /// Wherever the VMM can ask for them. A restore fails where no pager takes the machine.
     Always,
+}
+
+fn wanted(mode: PagingMode, served_from: u64, to_expand: Option<u64>) -> bool {
+    match mode {
+        PagingMode::Off => false,
+        PagingMode::Auto => to_expand.is_some_and(|bytes| bytes >= served_from),
+        PagingMode::Always => true,
+    }
 }
 
 /// What becomes of a restore that no pager takes.
@@ -69,6 +81,8 @@ fn unserved(mode: PagingMode, error: &PagerError) -> Unserved {
 pub struct PagingOptions {
     /// When.
     pub mode: PagingMode,
+    /// Bytes from which on memory that would have to be expanded is served instead, in the mode `Auto`.
+    pub served_from: u64,
     /// The program that is a pager when told so: this one.
     pub program: Option<PathBuf>,
     /// The release of this server.
@@ -83,6 +97,7 @@ impl Default for PagingOptions {
     fn default() -> Self {
         Self {
             mode: PagingMode::Off,
+            served_from: SERVED_FROM,
             program: None,
             release: "0".to_owned(),
             cache_bytes: 4 << 30,
@@ -95,6 +110,7 @@ impl Default for PagingOptions {
 #[derive(Debug)]
 pub(crate) struct Paging {
     mode: PagingMode,
+    served_from: u64,
     pager: Arc<Pager>,
     store: PathBuf,
 }
@@ -148,8 +164,12 @@ impl Paging {
         let possible = options.program.is_some() && options.mode != PagingMode::Off;
         let mode = match possible.then(hypeman_pager::memory::probe) {
             Some(Ok(())) => options.mode,
-            Some(Err(error)) => {
+            Some(Err(error)) if options.mode == PagingMode::Always => {
                 tracing::warn!(%error, "page faults cannot be served on this host; memory is expanded instead");
+                PagingMode::Off
+            }
+            Some(Err(error)) => {
+                tracing::info!(%error, "page faults cannot be served on this host; memory is expanded instead");
                 PagingMode::Off
             }
             None => PagingMode::Off,
@@ -164,6 +184,7 @@ impl Paging {
         });
         Self {
             mode,
+            served_from: options.served_from,
             pager: Arc::new(pager),
             store: layout.memory(),
         }
@@ -183,13 +204,10 @@ impl Paging {
         self.mode != PagingMode::Off && kind == VmmKind::Firecracker
     }
 
-    /// Whether memory should be served; `mappable`: it lies there as it would be mapped.
-    pub(crate) fn wants(&self, mappable: bool) -> bool {
-        match self.mode {
-            PagingMode::Off => false,
-            PagingMode::Auto => !mappable,
-            PagingMode::Always => true,
-        }
+    /// Whether memory should be served of which so many bytes would have to be expanded; `None`: it lies there as it would
+    /// be mapped.
+    pub(crate) fn wants(&self, to_expand: Option<u64>) -> bool {
+        wanted(self.mode, self.served_from, to_expand)
     }
 
     /// Has a machine served from an image, which the caller holds. `None`: nobody serves it, and its memory is to be
@@ -402,6 +420,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn only_memory_that_takes_long_to_expand_is_served_unasked() {
+        let all = [None, Some(0), Some(999), Some(1000)];
+        let served = |mode| all.map(|to_expand| wanted(mode, 1000, to_expand));
+        assert_eq!(served(PagingMode::Auto), [false, false, false, true]);
+        assert_eq!(served(PagingMode::Always), [true; 4]);
+        assert_eq!(served(PagingMode::Off), [false; 4]);
+    }
+
     #[tokio::test]
     async fn a_pager_that_cannot_be_started_is_missed_only_where_it_was_insisted_on() {
         let directory = tempfile::tempdir().unwrap();
@@ -416,6 +443,7 @@ mod tests {
             };
             let paging = Paging {
                 mode,
+                served_from: 0,
                 pager: Arc::new(Pager::new(options)),
                 store: directory.path().to_owned(),
             };

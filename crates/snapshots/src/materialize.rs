@@ -6,6 +6,7 @@
 //! ```
 //! The memory that an expansion filled is shared by all that ask for the same image while one of them keeps it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -16,7 +17,7 @@ use std::sync::{Arc, PoisonError, Weak};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::error::at;
-use crate::layout::{CHUNK_BYTES, MEMO, RAW, bytes, chunk_offset, runs};
+use crate::layout::{CHUNK_BYTES, MEMO, RAW, bytes, bytes_of, chunk_offset, runs};
 use crate::reader::{self, Chain, Content, Scratch};
 use crate::store::{Shared, release};
 use crate::{Hold, MemoryId, MemoryStore, Patch, Result, memo, parallel, verify};
@@ -100,15 +101,26 @@ impl MemoryStore {
         }
     }
 
-    /// Whether [`Self::materialize`] would map a file; otherwise it expands all of the image first.
+    /// Bytes that [`Self::materialize`] would expand before anybody can map them; `None` where it maps a file.
     ///
     /// # Errors
     /// [`Error::NotFound`](crate::Error::NotFound), and those of damaged files.
-    pub fn can_be_mapped(&self, id: MemoryId) -> Result<bool> {
+    pub fn bytes_to_expand(&self, id: MemoryId) -> Result<Option<u64>> {
         let _hold = self.hold(id)?;
         let chain = Chain::open(&self.shared, id)?;
-        let last = chain.layers.last().map(|layer| &layer.content);
-        Ok(matches!(last, Some(Content::Raw { .. })))
+        if matches!(
+            chain.layers.last().map(|layer| &layer.content),
+            Some(Content::Raw { .. })
+        ) {
+            return Ok(None);
+        }
+        let mut content = BTreeMap::<u32, u64>::new();
+        for entry in chain.layers.iter().flat_map(|layer| &layer.index.entries) {
+            *content.entry(entry.chunk).or_default() |= entry.nonzero;
+        }
+        Ok(Some(
+            content.into_values().map(|pages| bytes_of(pages) as u64).sum(),
+        ))
     }
 
     /// Keeps the name of a raw file, if it still has it.

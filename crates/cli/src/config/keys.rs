@@ -108,8 +108,13 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "hypervisor.firecracker.pager",
-        "off",
-        "restored memory of Firecracker is served page by page: auto (where it is compressed), off or always",
+        "auto",
+        "restored memory of Firecracker is served page by page: auto (where it is compressed and large), off or always",
+    ),
+    key(
+        "hypervisor.firecracker.pager_threshold",
+        "1GB",
+        "compressed memory with less content is expanded before the restore instead",
     ),
     key(
         "hypervisor.firecracker.pager_cache",

@@ -69,8 +69,8 @@ pub(crate) fn engine(values: &Values, guest: GuestProgram) -> Result<EngineOptio
 /// How restored memory is served.
 fn paging(values: &Values) -> Result<PagingOptions, CliError> {
     let mode = match values.text("hypervisor.firecracker.pager").as_deref() {
-        Some("auto") => PagingMode::Auto,
-        None | Some("off") => PagingMode::Off,
+        None | Some("auto") => PagingMode::Auto,
+        Some("off") => PagingMode::Off,
         Some("always") => PagingMode::Always,
         Some(other) => {
             return Err(CliError::usage(format!(
@@ -85,6 +85,7 @@ fn paging(values: &Values) -> Result<PagingOptions, CliError> {
         .map_err(|failure| CliError::usage(format!("hypervisor.firecracker.graduate_after: {failure}")))?;
     Ok(PagingOptions {
         mode,
+        served_from: values.size("hypervisor.firecracker.pager_threshold")?,
         // An upgrade may have replaced the file since this process began; this name leads to the one that runs.
         program: Some("/proc/self/exe".into()),
         release: env!("CARGO_PKG_VERSION").to_owned(),

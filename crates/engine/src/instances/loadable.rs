@@ -165,8 +165,8 @@ impl Driver {
         let shared = &self.shared;
         // Served pages are checked one by one while the guest runs. That is too late for whoever has nothing else.
         if diligence == Diligence::AsItComes && shared.paging.can_serve(record.hypervisor) {
-            let (mappable, digest) = shared.vault.look_at(image).await?;
-            if shared.paging.wants(mappable) {
+            let (to_expand, digest) = shared.vault.look_at(image).await?;
+            if shared.paging.wants(to_expand) {
                 let runtime = shared.layout.instance_runtime(&record.id);
                 make_private(&runtime)?;
                 let (id, bytes) = (vault::parse(image)?, record.memory_bytes);

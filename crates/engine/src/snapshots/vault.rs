@@ -273,10 +273,11 @@ impl Vault {
         .await
     }
 
-    /// Whether an image lies there as it would be mapped, and the digest that commits to it, hex.
-    pub(crate) async fn look_at(&self, image: &str) -> Result<(bool, String), EngineError> {
+    /// Bytes of an image that would have to be expanded first, `None` where it lies there as it would be mapped, and the
+    /// digest that commits to it, hex.
+    pub(crate) async fn look_at(&self, image: &str) -> Result<(Option<u64>, String), EngineError> {
         let (store, id) = (self.store.clone(), parse(image)?);
-        blocking(move || Ok((store.can_be_mapped(id)?, store.digest(id)?.to_hex().to_string()))).await
+        blocking(move || Ok((store.bytes_to_expand(id)?, store.digest(id)?.to_hex().to_string()))).await
     }
 
     /// The store itself, for reading.
