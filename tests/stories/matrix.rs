@@ -4,10 +4,11 @@
 //! both: the program of the image counts by itself, and one look asks for all that a guest should still know.
 
 use futures::future::join_all;
-use hypeman_tests::{COUNTS_ON, Guest, Server, eventually, have, offers, skip_unless};
+use hypeman_tests::{COUNTS_ON, Guest, LoopDisk, Server, eventually, have, offers, or_skip, skip_unless};
 use serde_json::json;
 
 use crate::crash_snapshots as cut;
+use crate::full_disk::server_on;
 use crate::snapshots_travel::import_bytes;
 
 /// Counts in memory for ever.
@@ -134,10 +135,47 @@ async fn a_stopped_snapshot_goes_anywhere(from: &str) {
     assert_eq!(server.vmms(), vec![]);
 }
 
+/// What cannot be kept for want of space is refused, and costs the guest nothing; with space it is kept.
+async fn a_full_disk_costs_no_guest_anything(hypervisor: &str) {
+    skip_unless!(have("busybox"), "needs busybox-static");
+    let disk = or_skip!(LoopDisk::mount(512), "needs root and a loop device");
+    let server = server_on(&disk).await;
+    let guest = noted(&server, hypervisor).await;
+    let mut count = goes_on(&guest, 0, "origin").await;
+    let bodies = [
+        ("snapshots", json!({"kind": "Standby", "name": "cramped"})),
+        ("fork", json!({"name": "child", "from_running": true})),
+        ("standby", json!({})),
+    ];
+    for (what, body) in &bodies {
+        let filler = disk.fill(3 << 20);
+        let reply = guest.post(&format!("/{what}"), body).await;
+        let message = reply.refused(409, "insufficient_resources");
+        assert!(message.contains("space"), "{what}: {message}");
+        count = goes_on(&guest, count, "origin").await;
+        std::fs::remove_file(filler).unwrap();
+    }
+    assert_eq!(server.listed("/snapshots").await, Vec::<String>::new());
+    assert_eq!(server.listed("/instances").await.len(), 1);
+    assert_eq!(server.vmms().len(), 1);
+
+    let snapshot = guest.capture().await;
+    let asleep = guest.standby().await;
+    assert_eq!(asleep["state"], "Standby", "{asleep}");
+    guest.restore().await;
+    goes_on(&guest, count, "origin").await;
+    guest.delete().await;
+    snapshot.delete().await;
+    server.emptied(&["memory", "snapshots", "instances"]).await;
+    assert_eq!(server.vmms(), vec![]);
+}
+
 macro_rules! on {
     ($hypervisor:literal, $module:ident) => {
         mod $module {
-            use super::{a_stopped_snapshot_goes_anywhere, the_whole_contract};
+            use super::{
+                a_full_disk_costs_no_guest_anything, a_stopped_snapshot_goes_anywhere, the_whole_contract,
+            };
 
             #[tokio::test]
             async fn the_whole_contract_holds() {
@@ -150,6 +188,13 @@ macro_rules! on {
             async fn a_stopped_snapshot_goes_on_on_each_other_hypervisor() {
                 if hypeman_tests::told_on($hypervisor) {
                     a_stopped_snapshot_goes_anywhere($hypervisor).await;
+                }
+            }
+
+            #[tokio::test]
+            async fn a_guest_on_a_full_disk_runs_on_and_is_kept_when_there_is_space() {
+                if hypeman_tests::told_on($hypervisor) {
+                    a_full_disk_costs_no_guest_anything($hypervisor).await;
                 }
             }
         }

@@ -4,10 +4,12 @@
 //! reader of one never holds up another. All waits for the guest have a deadline, except those that are
 //! legitimately endless: the output of a command and the next event.
 
+mod clock;
 mod copy;
 mod events;
 mod exec;
 
+pub use clock::CLOCK_TOLERANCE;
 pub use copy::{CopyFromSession, CopyItem, CopyToSession};
 pub use events::GuestEvents;
 pub use exec::{ExecInput, ExecOutput, ExecReader, ExecSession};
@@ -26,6 +28,7 @@ use tokio::{
     sync::{Notify, Semaphore, mpsc, oneshot, watch},
 };
 
+use self::clock::Attempts;
 use crate::{
     AgentKey, ChannelError, CopyFrom, CopyTo, ExecRequest, GuestConfig, PathInfo, Reconfiguration,
     RefusalCode, Reply, Request, frame,
@@ -35,11 +38,6 @@ use crate::{
 
 /// How long the guest may take to accept or answer a request that does not run anything.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
-
-/// How far the guest's clock may be from ours after [`GuestClient::synchronise_clock`].
-pub const CLOCK_TOLERANCE: Duration = Duration::from_millis(40);
-
-const CLOCK_ATTEMPTS: u32 = 10;
 
 /// How long the guest may take to hold its workload still, or to say that it cannot.
 pub const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
@@ -303,14 +301,13 @@ impl GuestClient {
         )
     }
 
-    /// Sets the guest's wall clock to that of this host, again until it was answered so fast that they differ by
-    /// less than [`CLOCK_TOLERANCE`], and returns by how much they can differ. A guest on a host that is too busy
-    /// for that gets the last of several attempts.
+    /// Sets the guest's wall clock to that of this host, again while that may bring it notably closer, at best to within
+    /// [`CLOCK_TOLERANCE`], and returns by how much they can differ.
     ///
     /// # Errors
     /// Those of the channel, or the guest's.
     pub async fn synchronise_clock(&self) -> Result<Duration, ChannelError> {
-        let mut attempts = CLOCK_ATTEMPTS;
+        let mut attempts = Attempts::default();
         loop {
             let begun = Instant::now();
             let now = SystemTime::now()
@@ -319,8 +316,7 @@ impl GuestClient {
             self.set_time(now.as_nanos() as i128).await?;
             // It was set at some moment between question and answer.
             let bound = begun.elapsed();
-            attempts -= 1;
-            if bound < CLOCK_TOLERANCE || attempts == 0 {
+            if !attempts.is_another_worth_it(bound) {
                 return Ok(bound);
             }
         }
