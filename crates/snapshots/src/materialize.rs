@@ -115,8 +115,10 @@ impl MemoryStore {
             return Ok(None);
         }
         let mut content = BTreeMap::<u32, u64>::new();
-        for entry in chain.layers.iter().flat_map(|layer| &layer.index.entries) {
-            *content.entry(entry.chunk).or_default() |= entry.nonzero;
+        // The oldest first: what a later image owns is as it has it.
+        for entry in chain.layers.iter().rev().flat_map(|layer| &layer.index.entries) {
+            let pages = content.entry(entry.chunk).or_default();
+            *pages = (*pages & !entry.owned) | entry.nonzero;
         }
         Ok(Some(
             content.into_values().map(|pages| bytes_of(pages) as u64).sum(),

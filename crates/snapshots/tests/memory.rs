@@ -259,6 +259,28 @@ fn a_guest_that_cannot_be_read_leaves_nothing() {
 }
 
 #[test]
+fn what_has_no_raw_form_says_how_much_of_it_must_be_expanded() {
+    let place = Place::new();
+    let guest = Guest::busy();
+    let base = place.capture(&guest, None);
+    // It has given back two pages, and has one that it had not.
+    let guest = guest.with(&[(1, 0), (2, 0), (7, 1)]);
+    let id = place.capture(&guest, Some(&base));
+    assert_eq!(place.store.bytes_to_expand(id).unwrap(), None, "a file is mapped");
+    for image in [base, id] {
+        place.compress(image, ZSTD);
+        place.store.drop_raw(image).unwrap();
+    }
+    let bytes = guest.bytes();
+    let pages = bytes
+        .chunks(4096)
+        .filter(|page| page.iter().any(|byte| *byte != 0));
+    let content = pages.count() as u64 * 4096;
+    assert!(content > 0 && content < bytes.len() as u64);
+    assert_eq!(place.store.bytes_to_expand(id).unwrap(), Some(content));
+}
+
+#[test]
 fn forks_share_one_expansion() {
     let place = Place::new();
     let guest = Guest::busy();
